@@ -1,0 +1,237 @@
+"""Writers that are killed, and disks that are full: a shard is absent or whole, and a rerun ends as if nothing was."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenlabels.store import LabelSet, Manifest, create_label_set, manifest_path, shard_path, verify_store
+from tokenlabels.store.files import files_below
+from tokenlabels.types import ScoreMaps
+
+MakeInfo, MakeMaps, WriteShard = Callable[..., LabelSet], Callable[..., ScoreMaps], Callable[..., Manifest]
+Contents = Callable[[Path], dict[str, bytes]]
+Writer = Callable[..., dict[str, Any]]
+
+STEMS = ("a", "b", "c")
+PAGE_BYTES = 4096
+
+
+@pytest.fixture(scope="module")
+def info(make_info: MakeInfo) -> LabelSet:
+    return make_info(tars=tuple(f"{stem}.tar" for stem in STEMS))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, info: LabelSet, make_maps: MakeMaps) -> list[str]:
+    """Starts a process that writes shards of 300, 5 and 40 maps on demand."""
+    work = info, {stem: make_maps(info, n, seed=1, prefix=stem) for stem, n in zip(STEMS, (300, 5, 40), strict=True)}
+    path = tmp_path_factory.mktemp("work") / "work.pickle"
+    path.write_bytes(pickle.dumps(work))
+    return [sys.executable, str(Path(__file__).with_name("writer_process.py")), str(path)]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def ask(process: subprocess.Popen[str], labels: Path, **changes: Any) -> dict[str, Any]:
+    """One trial of a writer process; `changes` are the fields of its commands."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    request = {"stems": STEMS, "rewrite": False, "kill_at_step": None, "delay_seconds": 0.0, "max_file_bytes": None}
+    process.stdin.write(json.dumps({**request, "labels": str(labels), **changes}) + "\n")
+    process.stdin.flush()
+    answer: dict[str, Any] = json.loads(process.stdout.readline())
+    return answer
+
+
+@pytest.fixture(scope="module")
+def write_elsewhere(command: list[str]) -> Iterator[Writer]:
+    with start(command) as process:
+        yield lambda labels, **changes: ask(process, labels, **changes)
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    write_elsewhere: Writer, tmp_path_factory: pytest.TempPathFactory, contents: Contents
+) -> dict[str, bytes]:
+    """Content of the label set that nobody interrupted."""
+    labels = tmp_path_factory.mktemp("undisturbed")
+    assert write_elsewhere(labels)["error"] is None
+    assert list(verify_store(labels)) == []
+    return contents(labels)
+
+
+@pytest.fixture
+def old_set(tmp_path: Path, info: LabelSet, make_maps: MakeMaps, write_shard: WriteShard) -> Path:
+    """A whole label set with other values, to be written over."""
+    labels = tmp_path / "old"
+    create_label_set(labels, info)
+    for stem, num_maps in zip(STEMS, (300, 5, 40), strict=True):
+        write_shard(labels, stem, make_maps(info, num_maps, seed=2, prefix=stem), info)
+    return labels
+
+
+def state(labels: Path) -> tuple[str, ...]:
+    """The files that are there: two kills that came at different steps leave different ones."""
+    return tuple(re.sub(r"\.tmp-\w+", ".tmp", name) for name in files_below(labels))
+
+
+def assert_absent_or_whole(labels: Path, found: dict[str, bytes], *allowed: dict[str, bytes]) -> None:
+    """Every shard has no manifest, or is, file for file, one of those allowed; `verify_store` sees it that way."""
+    absent = {stem for stem in STEMS if not manifest_path(labels, stem).exists()}
+    for stem in sorted({*STEMS} - absent):
+        files = (f"{stem}.zarr/", f"manifest/{stem}.json")
+        shard = {name: content for name, content in found.items() if name.startswith(files)}
+        assert shard in [{name: other[name] for name in other if name.startswith(files)} for other in allowed]
+    if (labels / "labels.json").exists():
+        assert [finding.path for finding in verify_store(labels)] == [
+            shard_path(labels, stem) for stem in sorted(absent)
+        ]
+    else:
+        assert absent == {*STEMS}
+
+
+@dataclass
+class Killing:
+    """Kills writers of one label set, checks what they left, and runs them again."""
+
+    write: Writer
+    start: Path | None
+    scratch: Path
+    undisturbed: dict[str, bytes]
+    contents: Contents
+    num_killed: int = 0
+    states: set[tuple[str, ...]] = field(default_factory=set)
+
+    def begin(self) -> Path:
+        labels = self.scratch / "labels"
+        shutil.rmtree(labels, ignore_errors=True)
+        return Path(shutil.copytree(self.start, labels)) if self.start else labels
+
+    def num_steps(self) -> int:
+        return int(self.write(self.begin(), rewrite=True)["num_steps"])
+
+    def trial(self, step: int, delay_seconds: float | None) -> None:
+        labels, old = self.begin(), self.contents(self.start) if self.start else {}
+        answer = self.write(labels, rewrite=True, kill_at_step=step, delay_seconds=delay_seconds)
+        self.num_killed += answer["killed"]
+        self.states.add(state(labels))
+        assert_absent_or_whole(labels, self.contents(labels), self.undisturbed, old)
+        assert self.write(labels, rewrite=self.start is not None)["error"] is None
+        assert self.contents(labels) == self.undisturbed
+
+
+@pytest.fixture(params=["over nothing", "over an old set"])
+def killing(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    write_elsewhere: Writer,
+    undisturbed: dict[str, bytes],
+    old_set: Path,
+    contents: Contents,
+) -> Killing:
+    start = old_set if request.param == "over an old set" else None
+    return Killing(write_elsewhere, start, tmp_path, undisturbed, contents)
+
+
+@pytest.mark.parametrize("num_trials", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_kill_9_at_random_instants(num_trials: int, killing: Killing) -> None:
+    draw, num_steps = random.Random(num_trials), killing.num_steps()
+    for trial in range(num_trials):
+        step = 1 + int((trial + draw.random()) * num_steps / num_trials)
+        killing.trial(step, delay_seconds=draw.choice([0.0, draw.uniform(0, 0.005)]))
+    print(killing.num_killed, num_steps, len(killing.states))
+    assert killing.num_killed >= num_trials / 2, "the kills came too late to interrupt anything"
+    assert len(killing.states) >= num_trials / 4, "the kills came at too few different instants"
+
+
+@pytest.mark.parametrize("stride", [20, pytest.param(1, marks=pytest.mark.slow)])
+def test_kill_9_before_each_change_to_the_file_system(stride: int, killing: Killing) -> None:
+    steps = range(killing.num_steps(), 0, -stride)
+    for step in steps:
+        killing.trial(step, delay_seconds=None)
+    print(killing.num_killed, len(steps), len(killing.states))
+    assert killing.num_killed == len(steps)
+    assert len(killing.states) >= len(steps) / 4
+
+
+def test_a_file_size_limit_leaves_nothing_of_a_shard(
+    tmp_path: Path, write_elsewhere: Writer, undisturbed: dict[str, bytes], old_set: Path, contents: Contents
+) -> None:
+    """RLIMIT_FSIZE at every size, so that each file of the shard is once the one that does not fit."""
+    before = contents(old_set)
+    largest = max(len(content) for name, content in undisturbed.items() if name.startswith(("b.", "manifest/b")))
+    for limit in range(0, largest + 100, 100):
+        answer = write_elsewhere(old_set, stems=["b"], rewrite=True, max_file_bytes=limit)
+        if limit < largest:
+            assert answer["error"], f"{largest} bytes were written under a limit of {limit}"
+            kind, message = answer["error"]
+            assert (limit, kind) == (limit, "DiskFullError")
+            assert "b.zarr: File too large" in message
+            assert "Free some space" in message
+            assert contents(old_set) == before, limit
+        else:
+            assert answer["error"] is None
+    assert list(verify_store(old_set)) == []
+    assert {name for name, content in contents(old_set).items() if content != before[name]} > {"manifest/b.json"}
+
+
+def test_a_label_set_that_does_not_fit(tmp_path: Path, write_elsewhere: Writer, contents: Contents) -> None:
+    kind, message = write_elsewhere(tmp_path, max_file_bytes=100)["error"]
+    assert (kind, contents(tmp_path)) == ("DiskFullError", {})
+    assert "labels.json: File too large" in message
+
+
+@pytest.fixture
+def small_disk(command: list[str], tmp_path: Path) -> Iterator[tuple[Path, Writer]]:
+    """A tmpfs of 1 MB, and a writer that works on it. It is mounted where only that process sees it."""
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
+    for namespace in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
+        if subprocess.run([*namespace, "sh", "-c", mount, str(tmp_path), "true"], capture_output=True).returncode == 0:
+            break
+    else:
+        pytest.skip("mounting is not permitted here, not even in a namespace of our own")
+    with start([*namespace, "sh", "-c", mount, str(tmp_path), *command]) as process:
+        assert ask(process, tmp_path / "warm-up", stems=[])["error"] is None
+        inside = Path(f"/proc/{process.pid}/root{tmp_path}")
+        yield inside, lambda name, **changes: ask(process, tmp_path / name, **changes)
+        process.kill()
+
+
+def test_a_full_disk_leaves_nothing_of_a_shard(
+    small_disk: tuple[Path, Writer], undisturbed: dict[str, bytes], old_set: Path, contents: Contents
+) -> None:
+    """At every number of free pages, so that the disk is full once at every step of the writer."""
+    disk, write = small_disk
+    labels = Path(shutil.copytree(old_set, disk / "labels"))
+    before, ballast = contents(labels), disk / "ballast"
+    num_failures = 0
+    for free_pages in range(100):
+        ballast.unlink(missing_ok=True)
+        ballast.write_bytes(bytes((os.statvfs(disk).f_bfree - free_pages) * PAGE_BYTES))
+        error = write("labels", stems=["b"], rewrite=True)["error"]
+        if error is None:
+            break
+        num_failures += 1
+        assert error[0] == "DiskFullError", error
+        assert "No space left on device" in error[1]
+        assert contents(labels) == before
+    assert num_failures >= 5
+    assert list(verify_store(labels)) == []
+    ballast.unlink()
+    assert write("labels", rewrite=True)["error"] is None
+    assert contents(labels) == undisturbed

@@ -1,0 +1,112 @@
+"""What several commands share: how errors are shown, and the options that choose a teacher."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from annotate.teachers import TeacherSpec
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+FOUND, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+Device = Literal["auto", "cpu", "cuda"]
+
+LabelsFolder = Annotated[Path, typer.Argument(help="Folder of the label set.", metavar="LABELS")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder of the label set, made if it is not there.")]
+ImagePatterns = Annotated[
+    list[str],
+    typer.Argument(
+        help="Image tars or folders of class folders: names, globs or braces, quoted ('train-{0000..1023}.tar').",
+        metavar="IMAGES...",
+    ),
+]
+Teachers = Annotated[
+    list[str] | None,
+    typer.Option("--teacher", help="timm model name, hf-hub:... or local-dir:...; several are averaged."),
+]
+Presets = Annotated[list[str] | None, typer.Option("--preset", help="A teacher of the papers, such as dm_nfnet_f6.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Use timm's pretrained weights.")]
+Checkpoints = Annotated[
+    list[Path] | None, typer.Option("--checkpoint", help="Weights (.safetensors or .pth); one for each --teacher.")
+]
+RandomWeights = Annotated[
+    int | None, typer.Option("--random-weights", help="Random weights from this seed, to try things out.")
+]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", help="Side of the teacher's input in pixels. [default: the model's own]")
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes CUDA if it is there.")]
+
+
+def show_user_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Turn errors that a user can mend into one message and an exit code; bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, FileNotFoundError) as error:
+            fail(str(error), WRONG_USE)
+
+    return wrapped
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say why on stderr and leave."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", end=" ")
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+def teacher_specs(
+    teachers: list[str] | None,
+    presets: list[str] | None,
+    *,
+    pretrained: bool,
+    checkpoints: list[Path] | None,
+    random_weights: int | None,
+    image_size: int | None,
+) -> "tuple[TeacherSpec, ...]":
+    """The teachers that the options name.
+
+    Raises:
+        ValueError: none is named, or it is not clear where a teacher's weights come from.
+    """
+    from annotate.teachers import TeacherSpec, preset
+
+    names, checkpoints = teachers or [], checkpoints or []
+    specs = [preset(name, image_size=image_size) for name in presets or []]
+    if not names and not specs:
+        raise ValueError("name a teacher: --teacher NAME (any timm classifier) or --preset NAME")
+    if checkpoints and len(checkpoints) != len(names):
+        raise ValueError(f"{len(checkpoints)} --checkpoint for {len(names)} --teacher; give one for each")
+    for index, name in enumerate(names):
+        specs.append(
+            TeacherSpec(
+                name,
+                weights="pretrained" if pretrained else None,
+                checkpoint=checkpoints[index] if checkpoints else None,
+                seed=random_weights,
+                image_size=image_size,
+            )
+        )
+    return tuple(specs)
+
+
+def resolve_device(device: Device) -> str:
+    """auto -> cuda where there is one."""
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_names(path: Path | None) -> tuple[str, ...] | None:
+    """Class names from a text file, one per line."""
+    return tuple(path.read_text(encoding="utf-8").splitlines()) if path else None

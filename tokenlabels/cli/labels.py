@@ -1,0 +1,147 @@
+"""tokenlabels verify, tokenlabels inspect: is a label set whole, and what is in it."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from tokenlabels.cli.common import (
+    FOUND,
+    Checkpoints,
+    DeviceOption,
+    ImageSize,
+    LabelsFolder,
+    Presets,
+    Pretrained,
+    RandomWeights,
+    Teachers,
+    resolve_device,
+    show_user_errors,
+    teacher_specs,
+)
+
+if TYPE_CHECKING:
+    from annotate.images import ImageShard
+    from annotate.teachers import TeacherSpec
+    from tokenlabels.store import Finding
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+
+
+@show_user_errors
+def verify(
+    labels: LabelsFolder,
+    images: Annotated[
+        list[str] | None, typer.Option("--images", help="The image tars, to compare keys with; as in annotate.")
+    ] = None,
+    recompute: Annotated[int, typer.Option(help="Label this many random images again and compare.", min=0)] = 0,
+    teacher: Teachers = None,
+    preset: Presets = None,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoints = None,
+    random_weights: RandomWeights = None,
+    image_size: ImageSize = None,
+    device: DeviceOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check every byte and every value of a label set; exit 1 if anything is wrong."""
+    from annotate.images import find_shards
+    from tokenlabels.store import open_store, verify_store
+
+    shards = {shard.stem: shard for shard in find_shards(images or [])}
+    findings: list[Finding] = []
+    with _progress(labels, "checking") as on_shard:
+        checks = verify_store(
+            labels, source_keys=lambda stem: shards[stem].keys() if stem in shards else None, on_shard=on_shard
+        )
+        findings.extend(_shown(checks, as_json))
+    if recompute and not findings:
+        if not shards:
+            raise ValueError("--recompute needs the images too: --images 'train-*.tar'")
+        specs = teacher_specs(
+            teacher,
+            preset,
+            pretrained=pretrained,
+            checkpoints=checkpoint,
+            random_weights=random_weights,
+            image_size=image_size,
+        )
+        again = _recomputed(labels, list(shards.values()), specs, recompute, resolve_device(device))
+        findings.extend(_shown(again, as_json))
+    if as_json:
+        typer.echo(json.dumps({"findings": [{"path": str(f.path), "problem": f.problem} for f in findings]}, indent=1))
+    if findings:
+        if not as_json:
+            typer.echo(f"{labels}: {len(findings)} findings")
+        raise typer.Exit(FOUND)
+    if not as_json:
+        store = open_store(labels)
+        recomputed = f", {recompute} images labelled again" if recompute else ""
+        typer.echo(f"{labels}: whole. {len(store)} maps in {len(store.shards)} shards{recomputed}")
+
+
+@show_user_errors
+def inspect(
+    labels: LabelsFolder,
+    key: Annotated[str | None, typer.Option(help="Show the map of one image.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a label set holds, or what one map shows."""
+    from tokenlabels.store import open_store
+    from tokenlabels.summary import as_json as to_json
+    from tokenlabels.summary import summarise_map, summarise_store
+    from tokenlabels.views import block_map
+
+    store = open_store(labels)
+    if key is None:
+        with _progress(labels, "reading") as on_shard:
+            summary = summarise_store(store, on_shard)
+        typer.echo(json.dumps(to_json(summary), indent=1) if as_json else str(summary))
+        return
+    if key not in store:
+        example = next(iter(store), "nothing: it is empty")
+        raise ValueError(f"{labels} has no labels for {key!r}; its keys look like {example!r}")
+    score_map = store[key]
+    if as_json:
+        typer.echo(json.dumps(asdict(summarise_map(score_map, store.info.class_names)), indent=1))
+    else:
+        Console().print(block_map(score_map, store.info.class_names))
+
+
+def _recomputed(
+    labels: Path, shards: "list[ImageShard]", specs: "tuple[TeacherSpec, ...]", num_images: int, device: str
+) -> "Iterator[Finding]":
+    from annotate.recompute import recompute
+    from annotate.teachers import load_teacher
+    from tokenlabels.store import open_store
+
+    store = open_store(labels)
+    made_by = store.info.teacher
+    teacher = load_teacher(specs, topk=store.info.k, flip=made_by.flip, amp=made_by.amp, device=device)
+    return recompute(store, shards, teacher, num_images=num_images)
+
+
+def _shown(findings: "Iterator[Finding]", as_json: bool) -> "Iterator[Finding]":
+    """Print findings as they come: a large set takes minutes."""
+    for finding in findings:
+        if not as_json:
+            typer.echo(str(finding))
+        yield finding
+
+
+@contextmanager
+def _progress(labels: Path, what: str) -> Iterator[Callable[[str], None]]:
+    total = len(list((labels / "manifest").glob("*.json")))
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def on_shard(stem: str) -> None:
+            bar.update(task, advance=1, description=f"{what} {stem}")
+
+        yield on_shard

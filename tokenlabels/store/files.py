@@ -1,0 +1,97 @@
+"""Durable steps on a file system: what is renamed into place is whole and survives a power cut."""
+
+import fcntl
+import glob
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY_MARK = ".tmp-"
+
+
+def fsync(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file below a directory, then every directory, deepest first."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            fsync(Path(folder, name))
+        fsync(Path(folder))
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A fresh hidden name beside `path`, on the same file system, that `remove_temporaries` knows."""
+    return path.with_name(f".{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex}")
+
+
+@contextmanager
+def staged_file(path: Path, content: bytes) -> Iterator[Path]:
+    """A flushed temporary sibling of `path`, to be renamed to it inside the block and gone after it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new one, never a part."""
+    with staged_file(path, content) as staged:
+        staged.replace(path)
+    fsync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(root: Path) -> list[str]:
+    """Paths of all files below a directory, relative to it, sorted."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what interrupted writers of `path` left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}{TEMPORARY_MARK}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold an advisory lock on `path`; the kernel gives it back however the process ends.
+
+    Yields:
+        Whether the lock was taken; always True with `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
