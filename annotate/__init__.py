@@ -1,8 +1,19 @@
 """Writes dense token labels: image shards and a teacher in, a verified label set out.
 
-images.py    finds image shards (WebDataset tars, ImageFolder trees) and reads their samples
-decode.py    encoded bytes -> RGB -> the teacher's input size, with the part of the image that it shows
-teachers.py  timm classifiers applied at every position: uint8 images -> top-k scores, classes and tail
-shard.py     one shard from start to finish: decode ahead, run the teacher, write
-schedule.py  many shards: in this process, through Ray, or as one part of a job array
+The main path, in the order of the data:
+
+images.py, samples.py, folders.py   find image shards (WebDataset tars, ImageFolder trees) and read their samples
+decode.py                           encoded bytes -> upright RGB -> the teacher's input size, and the view it shows
+ahead.py                            decoding in threads ahead of the teacher, bounded in bytes
+specs.py, members.py, cells.py      which timm model, its weights, and its head applied at every cell
+teachers.py, topk.py                one model or several: uint8 images -> k best classes, scores and tail per cell
+shard.py                            one shard from start to finish: decode ahead, run the teacher, write
+ledger.py, schedule.py, progress.py many shards: here, through Ray, or as one part of a job array
+
+Beside it:
+
+recompute.py                        labels a few images again, for `tokenlabels verify --recompute`
+published*.py                       the layout that others publish, in and out
+scenes.py, textures.py, demo*.py    generated images with known truth, a small teacher for them, the demo
+bench.py, bench_store.py            the project's figures
 """

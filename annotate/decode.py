@@ -4,6 +4,7 @@ Decoding is Pillow's, by content and not by name. What can be decoded is, in one
 
 * The orientation in the image's EXIF block is applied (a TIFF's own tag too). Whoever joins labels and images has to
   do the same (`PIL.ImageOps.exif_transpose`, torchvision's `apply_exif_orientation`), or they do not lie on each other.
+  One that is written in XMP alone is not applied.
 * Greyscale, palette, CMYK, YCCK, LAB and the rest become RGB. Transparency is dropped, as torchvision's default loader
   does: hidden colours show.
 * Greyscale of 16 bits keeps its high byte, as Pillow does for colour of 16 bits. 32-bit integers and floats
@@ -58,6 +59,7 @@ _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _JPEG_NOISES = (b"\xa5\x3c\x96\x5b" * 64, b"\x5a\xc3\x69\xa4" * 64)
 _PIXELS_MISSING = "truncated image data: no end marker, and pixels are missing"
 _MAX_REASON_LENGTH = 160
+_PILLOW_MODULES = r"PIL\."
 
 
 class UndecodableImageError(ValueError):
@@ -235,6 +237,3 @@ def _ignore_pillow_warnings() -> None:
     ours = ("ignore", None, Warning, re.compile(_PILLOW_MODULES), 0)
     if ours not in warnings.filters:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
-
-
-_PILLOW_MODULES = r"PIL\."

@@ -7,12 +7,13 @@ and the labels are held against the truth. Nothing is downloaded.
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from annotate.decode import decode_rgb
 from annotate.demo_teacher import OnStep, train_demo_teacher
 from annotate.images import ImageShard, find_shards
-from annotate.scenes import CLASS_NAMES, SceneShards, read_truth, token_accuracy, write_scenes
+from annotate.scenes import BACKGROUND, CLASS_NAMES, SceneShards, read_truth, token_accuracy, write_scenes
 from annotate.schedule import Job
 from annotate.shard import AnnotateConfig
 from annotate.teachers import TeacherSpec
@@ -61,14 +62,14 @@ def label_accuracy(labels: Path, scenes: SceneShards) -> tuple[int, int]:
     return num_correct, num_counted
 
 
-def draw_example(labels: Path, shards: list[ImageShard], picture: Path) -> str:
-    """Draw the image whose map holds the most leading classes beside its labels; returns its key."""
+def draw_example(labels: Path, material: DemoMaterial, picture: Path) -> str:
+    """Draw the first scene with three objects in sight beside its labels; returns its key."""
     store = open_store(labels)
-    maps = [score_map for shard in store.shards for score_map in shard.read()]
-    best = max(maps, key=lambda score_map: len(set(score_map.classes[..., 0].ravel().tolist())))
-    drawn: Image.Image = overlay(_image_of(best.key, shards), best, store.info.class_names)
+    truths = [(key, truth) for path in material.scenes.truths for key, truth in read_truth(path).items()]
+    key = next(key for key, truth in truths if len(set(np.unique(truth).tolist()) - {BACKGROUND}) == 3)
+    drawn: Image.Image = overlay(_image_of(key, material.shards), store[key], store.info.class_names)
     drawn.save(picture)
-    return best.key
+    return key
 
 
 def _image_of(key: str, shards: list[ImageShard]) -> Image.Image:

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
-from timm.models.resnet import ResNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from annotate.scenes import BACKGROUND, CLASS_NAMES, Scene, draw_scene, token_accuracy
+from annotate.specs import TeacherSpec
+from annotate.teachers import load_teacher
 
 MODEL_NAME = "test_resnet"
 IMAGE_SIZE_PX = 384  # at stride 32: 12 x 12 cells
@@ -78,14 +79,14 @@ def train_demo_teacher(
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(MODEL_NAME, num_classes=len(CLASS_NAMES))
-        assert isinstance(model, ResNet)
         pixels = _Pixels.of(model)
         series = _FIRST_SERIES + 2 * seed
         training_set = _TrainingSet.draw(series, pixels)
         _fit(model, pixels, training_set, np.random.default_rng(seed), steps, on_step)
+        save_file(model.state_dict(), path)
+        spec = TeacherSpec(MODEL_NAME, checkpoint=path, image_size=IMAGE_SIZE_PX)
         held_out = [draw_scene(series + 1, index) for index in range(_NUM_HELD_OUT_SCENES)]
-        num_correct, num_cells = _count_correct(model, pixels, held_out)
-    save_file(model.state_dict(), path)
+        num_correct, num_cells = _count_correct(spec, pixels, held_out)
     return DemoTeacher(MODEL_NAME, path, IMAGE_SIZE_PX, num_correct / num_cells, num_cells)
 
 
@@ -98,7 +99,7 @@ class _Pixels:
     resampling: Image.Resampling
 
     @classmethod
-    def of(cls, model: ResNet) -> "_Pixels":
+    def of(cls, model: nn.Module) -> "_Pixels":
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         resampling = Image.Resampling[config["interpolation"].upper()]
         return cls(torch.tensor(config["mean"]), torch.tensor(config["std"]), resampling)
@@ -135,7 +136,7 @@ class _TrainingSet:
 
 
 def _fit(
-    model: ResNet,
+    model: nn.Module,
     pixels: _Pixels,
     training_set: _TrainingSet,
     rng: np.random.Generator,
@@ -156,17 +157,14 @@ def _fit(
             on_step(step, loss.item())
 
 
-@torch.no_grad()
-def _count_correct(model: ResNet, pixels: _Pixels, scenes: Sequence[Scene]) -> tuple[int, int]:
-    """Correct and counted cells (see `token_accuracy`) of the classifier applied at every position."""
-    model.eval()
+def _count_correct(spec: TeacherSpec, pixels: _Pixels, scenes: Sequence[Scene]) -> tuple[int, int]:
+    """Correct and counted cells (see `token_accuracy`) of the teacher as annotation will load it."""
+    teacher = load_teacher([spec], topk=1)
     num_correct = num_cells = 0
     for scene in scenes:
-        features = model.forward_features(pixels.normalise(pixels.squash(scene.image)[None]))
-        _, channels, rows, columns = features.shape
-        cells = features.permute(0, 2, 3, 1).reshape(rows * columns, channels, 1, 1)
-        classes_top1 = model.forward_head(cells).argmax(dim=1).view(rows, columns)
-        correct, counted = token_accuracy(classes_top1.numpy(), _WHOLE_IMAGE, scene.truth)
+        image = torch.from_numpy(pixels.squash(scene.image))
+        classes_top1 = np.asarray(teacher([image[None]]).classes)[0, ..., 0]
+        correct, counted = token_accuracy(classes_top1, _WHOLE_IMAGE, scene.truth)
         num_correct, num_cells = num_correct + correct, num_cells + counted
     return num_correct, num_cells
 

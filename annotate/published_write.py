@@ -84,7 +84,10 @@ def export_published(labels: Path, out: Path, *, on_shard: Callable[[str], None]
                     data = published_bytes(score_map)
                     add(published_path(score_map.key), data)
                     num_bytes += len(data)
-        os.sync()  # a folder may hold a million files: one call for all of them
+        if temporary.is_dir():
+            os.sync()  # one call, where fsync would be a million
+        else:
+            fsync(temporary)
         temporary.rename(out)
         fsync(out.parent)
     finally:

@@ -14,8 +14,11 @@ distribution that asks for Pillow by name (torchvision, timm) will be reported b
 `pip install` that pulls Pillow in overwrites a part of pillow-simd: `tokenlabels doctor` finds that, and --undo
 repairs it.
 
+pillow-simd 12 resizes as Pillow 12 does. Pillow 13 differs from both where bicubic overshoots black or white: by up to
+7 grey levels in 2 of 100,000 values of real photographs, elsewhere by 2 at most.
+
 The proof, before anything is replaced: pillow-simd imports, has the version that was built, and decodes and resizes
-an image to within 2 grey levels of Pillow. The ratio of their speeds is printed, not asserted. After the swap the
+a test image to within 2 grey levels of Pillow. The ratio of their speeds is printed, not asserted. After the swap the
 same is checked in place, torchvision and timm included; if it fails, Pillow is put back.
 
   --undo   put back the Pillow that was there before
@@ -143,9 +146,11 @@ from PIL import Image, features
 work, name = Path(sys.argv[1]), sys.argv[2]
 photo = work / "photo.jpg"
 if not photo.exists():
+    # Kept away from black and white, where Pillow 13 cuts overshoot off differently from the Pillow before it.
     size = (500, 375)
-    planes = [Image.radial_gradient("L"), Image.linear_gradient("L"), Image.effect_noise(size, 90)]
-    Image.merge("RGB", [plane.resize(size, Image.Resampling.BICUBIC) for plane in planes]).save(photo, quality=92)
+    planes = [Image.radial_gradient("L"), Image.linear_gradient("L"), Image.effect_noise(size, 60)]
+    planes = [plane.resize(size, Image.Resampling.BICUBIC).point(lambda v: 64 + v // 2) for plane in planes]
+    Image.merge("RGB", planes).save(photo, quality=92)
 
 
 def outputs():

@@ -152,6 +152,7 @@ class _Scan:
     def run(self) -> TarIndex:
         archive = self._open()
         while member := self._next(archive):
+            self._check_kind(member)
             self._check_extent(member, archive.offset)
             if not member.isdir():
                 self._add(member)
@@ -182,6 +183,13 @@ class _Scan:
         archive.members.clear()  # type: ignore[attr-defined]
         return member
 
+    def _check_kind(self, member: tarfile.TarInfo) -> None:
+        if not is_plain_name(member.name):
+            raise self._error(f"the name {member.name!r} is not plain UTF-8; rename the file and repack", member.offset)
+        if not (member.isreg() or member.isdir()) or member.issparse():
+            what = f"{member.name!r} is {_kind_of(member)}, not a plain file; repack with `tar --hard-dereference -h`"
+            raise self._error(what, member.offset)
+
     def _check_extent(self, member: tarfile.TarInfo, next_offset: int) -> None:
         """Hold a member inside the file and the next header behind it, so that the scan always moves on."""
         num_blocks = 0 if member.isdir() else -(-member.size // tarfile.BLOCKSIZE)
@@ -191,17 +199,10 @@ class _Scan:
         if end > self.size_bytes:
             what = f"truncated: {member.name!r} would end at byte {end} of {self.size_bytes}"
             raise self._error(what, member.offset)
-        if member.isreg() and not member.issparse() and next_offset != end:
+        if next_offset != end:
             raise self._error(f"damaged header: two sizes for {member.name!r}", member.offset)
-        if next_offset <= member.offset:
-            raise self._error(f"damaged header: {member.name!r} leads backwards", member.offset)
 
     def _add(self, member: tarfile.TarInfo) -> None:
-        if not is_plain_name(member.name):
-            raise self._error(f"the name {member.name!r} is not plain UTF-8; rename the file and repack", member.offset)
-        if not member.isreg() or member.issparse():
-            what = f"{member.name!r} is {_kind_of(member)}, not a plain file; repack with `tar --hard-dereference -h`"
-            raise self._error(what, member.offset)
         parts = _split_name(member.name)
         if parts is None:
             self.ignored.append(member.name)

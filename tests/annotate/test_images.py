@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from annotate.images import EncodedImage, SourceInfo, TarShard, find_shards
-from tokenlabels.tars import TarError
+from tokenlabels.tars import Member, TarError, TarReader
 
 Files = list[tuple[str, bytes]]
 FILES: Files = [("a.jpg", b"A"), ("a.cls", b"7"), ("b.json", b'{"label": 3}'), ("b.png", b"B"), ("notes", b"")]
@@ -73,6 +73,21 @@ def test_tar_shards_travel_before_and_after_reading(tmp_path: Path) -> None:
 def test_the_image_of_a_sample(extensions: list[str], used: str, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "t.tar", [(f"a.{extension}", extension.encode()) for extension in extensions])
     assert [image.data for image in shard.images()] == [used.encode()]
+
+
+def test_a_sample_is_read_forwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remote file is read ahead: going back would fetch it twice."""
+    offsets = []
+    read = TarReader.read
+
+    def spy(reader: TarReader, member: Member) -> bytes:
+        offsets.append(member.offset)
+        return read(reader, member)
+
+    monkeypatch.setattr(TarReader, "read", spy)
+    list(write_tar(tmp_path / "t.tar", [("a.cls", b"1"), ("a.jpg", b"A"), ("b.jpg", b"B"), ("b.cls", b"1")]).images())
+    assert len(offsets) == 4
+    assert offsets == sorted(offsets)
 
 
 def test_a_sample_without_image_is_a_problem(tmp_path: Path) -> None:

@@ -177,9 +177,9 @@ def test_refuses_compressed_tars(mode: str, tmp_path: Path) -> None:
         scan_tar(str(path))
 
 
-def with_size_field(field: bytes) -> bytes:
+def with_size_field(field: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
     """A good member, then one whose size field is replaced, its checksum made right."""
-    block = bytearray(header("b.jpg", 5))
+    block = bytearray(header("b.jpg", 5, kind))
     block[124:136] = field
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
@@ -207,6 +207,14 @@ HOSTILE = {
     "global-size": (
         header("g", 10, tarfile.XGLTYPE) + padded(b"10 size=0\n") + ENTRY_A + file_entry("b.jpg", b"x") + END,
         "two sizes for 'a.jpg'",
+    ),
+    "negative-extended-header": (
+        with_size_field(base256(-1024), tarfile.GNUTYPE_LONGNAME),
+        "extended header of -1024 bytes",
+    ),
+    "sparse-that-leads-backwards": (
+        pax_entry(b"22 GNU.sparse.size=10\n") + with_size_field(base256(-1024))[2 * BLOCK :],
+        "is sparse",
     ),
     "name-longer-than-a-header": (ENTRY_A + header("n", 2**40, tarfile.GNUTYPE_LONGNAME) + END, "extended header of"),
     "endless-chain": (

@@ -35,7 +35,7 @@ def demo(
     typer.echo(f"{summarise_store(open_store(labels))}\n")
     correct, counted = label_accuracy(labels, material.scenes)
     typer.echo(f"labels against the truth: {correct} of {counted} object cells right ({correct / counted:.1%})")
-    key = draw_example(labels, material.shards, out / "overlay.png")
+    key = draw_example(labels, material, out / "overlay.png")
     typer.echo(f"picture: {out / 'overlay.png'}\n\nNow try:")
     typer.echo(
         f"  tokenlabels inspect {labels} --key {key}\n  tokenlabels verify {labels} --images '{out}/images/*.tar'"

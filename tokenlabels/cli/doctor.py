@@ -19,7 +19,9 @@ def doctor(
     from tokenlabels.doctor import examine
 
     checks = examine(path)
-    table = Table("what", "found", "advice", box=None, header_style="dim")
+    table = Table(box=None, header_style="dim")
+    for header in ("what", "found", "advice"):
+        table.add_column(header, overflow="fold")
     colours = {"ok": "green", "warn": "yellow", "bad": "bold red"}
     for check in checks:
         table.add_row(check.name, f"[{colours[check.status]}]{escape(check.value)}[/]", escape(check.advice))

@@ -9,10 +9,11 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
+from pydantic import ValidationError
 
 from tokenlabels.store.files import TEMPORARY_MARK
 from tokenlabels.store.layout import ROWS_PER_CHUNK, array_specs
@@ -117,6 +118,8 @@ class ShardReader:
         self.manifest = read_sealed(manifest_path(labels, stem), Manifest)
         if self.manifest.teacher_digest != info.teacher.digest:
             raise LabelStoreError(f"{self.path}: made by another teacher than {labels / LABELS_FILE} names")
+        if stem_of(self.manifest.source.name) != stem:
+            raise LabelStoreError(f"{self.path}: holds the labels of {self.manifest.source.name}; was it renamed?")
         if not self.path.is_dir():
             raise LabelStoreError(f"{self.path}: missing, though {manifest_path(labels, stem)} says it is whole")
 
@@ -151,7 +154,10 @@ class ShardReader:
     @cached_property
     def attributes(self) -> ShardAttributes:
         """What the shard says of itself: source, versions, shapes."""
-        return ShardAttributes.model_validate(dict(self._group.attrs))
+        try:
+            return ShardAttributes.model_validate(dict(self._group.attrs))
+        except ValidationError as error:
+            raise LabelStoreError(f"{self.path}: not the attributes of a shard ({error})") from error
 
     def check_files(self) -> Iterator[tuple[str, str]]:
         """Compare the files with the manifest: sizes of all, checksums of metadata.
@@ -183,11 +189,23 @@ class ShardReader:
     def _read(self, name: str, rows: slice) -> Any:
         # zarr gives fill values for a file that went missing, so the files are looked at before every read.
         self._require_files()
-        array = cast("zarr.Array[Any]", self._group[name])
+        array = self._array(name)
         try:
             return np.asarray(array[rows])
         except (ValueError, RuntimeError, OSError) as error:
             raise LabelStoreError(f"{self.path / name}: damaged ({error}); annotate this shard again") from error
+
+    def _array(self, name: str) -> "zarr.Array[Any]":
+        [spec] = [spec for spec in array_specs(self.info) if spec.name == name]
+        array, shape = self._group.get(name), (len(self), *spec.row_shape)
+        if not isinstance(array, zarr.Array):
+            raise LabelStoreError(f"{self.path / name}: no array; annotate this shard again")
+        if array.shape != shape or (spec.dtype is not str and array.dtype != spec.dtype):
+            raise LabelStoreError(
+                f"{self.path / name}: {array.dtype} {array.shape}, but {LABELS_FILE} asks for {spec.dtype} {shape}; "
+                "annotate this shard again"
+            )
+        return array
 
     def _rows(self, rows: slice) -> ScoreMaps:
         names = [spec.name for spec in array_specs(self.info) if spec.name != "keys"]

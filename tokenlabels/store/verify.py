@@ -91,7 +91,7 @@ def wrong_values(maps: ScoreMaps, num_classes: int) -> Iterator[str]:
     flat_classes = np.sort(maps.classes, axis=-1)
     checks = (
         ("a score is not finite", ~np.isfinite(maps.scores)),
-        ("scores are not in descending order", np.diff(maps.scores.astype(np.float32), axis=-1) > 0),
+        ("scores are not in descending order", maps.scores[..., 1:] > maps.scores[..., :-1]),
         (f"a class id is not below {num_classes}", maps.classes >= num_classes),
         ("a class is stored twice in a cell", flat_classes[..., 1:] == flat_classes[..., :-1]),
         ("a tail is not in 0..1", ~((maps.tail >= 0) & (maps.tail <= 1))),
@@ -139,8 +139,9 @@ def _wrong_attributes(shard: ShardReader) -> Iterator[Finding]:
 
 def _wrong_keys(shard: ShardReader, source_keys: Sequence[str] | None, owners: dict[str, str]) -> Iterator[Finding]:
     for key in shard.keys:
-        if (owner := owners.setdefault(key, shard.stem)) != shard.stem:
-            yield Finding(shard.path, f"key {key} is in {owner} too")
+        if key in owners:
+            yield Finding(shard.path, f"key {key} is in {owners[key]} too")
+        owners[key] = shard.stem
     num_skipped = len(shard.manifest.skipped)
     if len(shard) + num_skipped != shard.manifest.source.num_samples:
         yield Finding(

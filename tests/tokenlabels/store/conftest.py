@@ -42,26 +42,29 @@ def _flush_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", os.fstat)
 
 
+def info_with(**changes: Any) -> LabelSet:
+    fields = {"grid": (3, 2), "k": 3, "num_classes": 10, "class_names": None, "teacher": TEACHER}
+    return LabelSet(**{**fields, "resize": "squash", "tars": ("a.tar", "b.tar"), **changes})
+
+
+INFO = info_with()
+
+
 @pytest.fixture(scope="session")
 def make_info() -> Callable[..., LabelSet]:
-    """make_info(**changes) -> LabelSet of 3 x 2 cells, k=3, 10 classes, for the tars a, b."""
-
-    def make(**changes: Any) -> LabelSet:
-        fields = {"grid": (3, 2), "k": 3, "num_classes": 10, "class_names": None, "teacher": TEACHER}
-        return LabelSet(**{**fields, "resize": "squash", "tars": ("a.tar", "b.tar"), **changes})
-
-    return make
+    """make_info(**changes) -> LabelSet of 3 x 2 cells, k=3, 10 classes, for the tars a and b."""
+    return info_with
 
 
 @pytest.fixture(scope="session")
 def make_maps() -> Callable[..., ScoreMaps]:
-    """make_maps(info, num_maps, *, seed=0, prefix="img") -> ScoreMaps that a teacher could have said."""
+    """make_maps(num_maps, info=INFO, *, seed=0, prefix="img") -> ScoreMaps that a teacher could have said."""
 
-    def make(info: LabelSet, num_maps: int, *, seed: int = 0, prefix: str = "img") -> ScoreMaps:
+    def make(num_maps: int, info: LabelSet = INFO, *, seed: int = 0, prefix: str = "img") -> ScoreMaps:
         random = np.random.default_rng(seed)
         cells = (num_maps, *info.grid)
         scores = -np.sort(-random.normal(scale=8, size=(*cells, info.k)), axis=-1)
-        # A random start and distinct strides: k different ids per cell, up to the largest one, without a K-long row.
+        # A random start and k strides: distinct ids in every cell, up to the largest one.
         strides = np.arange(info.k) * (info.num_classes // info.k)
         classes = (random.integers(info.num_classes, size=(*cells, 1)) + strides) % info.num_classes
         corners = random.uniform(-0.2, 0.3, size=(num_maps, 2))
@@ -78,9 +81,9 @@ def make_maps() -> Callable[..., ScoreMaps]:
 
 @pytest.fixture(scope="session")
 def write_shard() -> Callable[..., Manifest]:
-    """write_shard(labels, stem, maps, info, **changes) -> Manifest; changes go to `ShardWriter.write`."""
+    """write_shard(labels, stem, maps, info=INFO, **changes) -> Manifest; changes go to `ShardWriter.write`."""
 
-    def write(labels: Path, stem: str, maps: ScoreMaps, info: LabelSet, **changes: Any) -> Manifest:
+    def write(labels: Path, stem: str, maps: ScoreMaps, info: LabelSet = INFO, **changes: Any) -> Manifest:
         record = {
             "source": SourceRecord(name=f"{stem}.tar", size_bytes=10_240, num_samples=len(maps)),
             "image_level": ImageLevelRecord(num_labelled=len(maps), num_agreeing=len(maps) // 2),
@@ -96,14 +99,13 @@ def write_shard() -> Callable[..., Manifest]:
 @pytest.fixture(scope="session")
 def _pristine(
     tmp_path_factory: pytest.TempPathFactory,
-    make_info: Callable[..., LabelSet],
     make_maps: Callable[..., ScoreMaps],
     write_shard: Callable[..., Manifest],
 ) -> Path:
-    labels, info = tmp_path_factory.mktemp("pristine") / "labels", make_info()
-    create_label_set(labels, info)
-    write_shard(labels, "a", make_maps(info, 300, prefix="a"), info)
-    write_shard(labels, "b", make_maps(info, 5, prefix="b"), info)
+    labels = tmp_path_factory.mktemp("pristine") / "labels"
+    create_label_set(labels, INFO)
+    write_shard(labels, "a", make_maps(300, prefix="a"))
+    write_shard(labels, "b", make_maps(5, prefix="b"))
     return labels
 
 

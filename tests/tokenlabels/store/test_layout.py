@@ -42,7 +42,7 @@ def test_arrays_of_a_shard(
     num_classes, id_type, id_fill = ids
     info = make_info(num_classes=num_classes)
     create_label_set(tmp_path, info)
-    write_shard(tmp_path, "a", make_maps(info, num_maps), info)
+    write_shard(tmp_path, "a", make_maps(num_maps, info), info)
 
     # fmt: off
     expected = {

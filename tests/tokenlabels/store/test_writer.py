@@ -24,7 +24,9 @@ from tokenlabels.store import (
 from tokenlabels.store.files import files_below, sha256_of, temporary_sibling
 from tokenlabels.types import ScoreMaps
 
-MakeInfo, MakeMaps, WriteShard = Callable[..., LabelSet], Callable[..., ScoreMaps], Callable[..., Manifest]
+MakeInfo = Callable[..., LabelSet]
+MakeMaps = Callable[..., ScoreMaps]
+WriteShard = Callable[..., Manifest]
 Contents = Callable[[Path], dict[str, bytes]]
 
 
@@ -35,14 +37,14 @@ def test_two_writes_give_the_same_bytes(
     info = make_info(grid=(18, 18), k=5, num_classes=1000)
     for folder in ("first", "second"):
         create_label_set(tmp_path / folder, info)
-        write_shard(tmp_path / folder, "a", make_maps(info, 257), info)
+        write_shard(tmp_path / folder, "a", make_maps(257, info), info)
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
 def test_the_manifest_says_what_was_written(label_set: Path, make_info: MakeInfo, write_shard: WriteShard) -> None:
     skipped = SkippedRecord(key="broken", reason="truncated")
     maps = open_store(label_set).shards[1].read()
-    manifest = write_shard(label_set, "b", maps, make_info(), skipped=[skipped])
+    manifest = write_shard(label_set, "b", maps, skipped=[skipped])
     assert open_store(label_set).shards[1].manifest == manifest
     assert (manifest.rows, manifest.teacher_digest, manifest.skipped) == (5, "t0", (skipped,))
     assert manifest.source == SourceRecord(name="b.tar", size_bytes=10_240, num_samples=5)
@@ -57,7 +59,7 @@ def test_the_manifest_says_what_was_written(label_set: Path, make_info: MakeInfo
 def test_a_tar_without_a_readable_image_is_an_empty_shard(
     label_set: Path, make_info: MakeInfo, make_maps: MakeMaps, write_shard: WriteShard
 ) -> None:
-    manifest = write_shard(label_set, "b", make_maps(make_info(), 0), make_info())
+    manifest = write_shard(label_set, "b", make_maps(0))
     assert (manifest.rows, list(verify_store(label_set))) == (0, [])
 
 
@@ -80,7 +82,7 @@ def test_maps_of_another_shape_are_refused(
 ) -> None:
     before = contents(label_set)
     with pytest.raises(LabelStoreError, match=rf"b\.zarr: got ScoreMaps\(4 maps.*{message}"):
-        write_shard(label_set, "b", make_maps(make_info(**changes), 4), make_info())
+        write_shard(label_set, "b", make_maps(4, make_info(**changes)))
     assert contents(label_set) == before
 
 
@@ -93,7 +95,7 @@ def test_duplicate_keys_are_refused(
 ) -> None:
     before = contents(label_set)
     with pytest.raises(LabelStoreError, match=r"b\.zarr: two maps have the same key"):
-        write_shard(label_set, "b", with_keys(make_maps(make_info(), 3), ("x", "y", "x")), make_info())
+        write_shard(label_set, "b", with_keys(make_maps(3), ("x", "y", "x")))
     assert contents(label_set) == before
 
 
@@ -108,10 +110,10 @@ def test_keys_that_are_not_unicode_are_refused(
 ) -> None:
     """Python gives such names for files whose names are not UTF-8."""
     before, undecodable = contents(label_set), os.fsdecode(b"caf\xe9")
-    maps = with_keys(make_maps(make_info(), 1), (undecodable if where == "keys" else "x",))
+    maps = with_keys(make_maps(1), (undecodable if where == "keys" else "x",))
     skipped = [SkippedRecord(key=undecodable, reason="truncated")] if where == "skipped" else []
     with pytest.raises(LabelStoreError, match=r"b\.zarr: .*caf"):
-        write_shard(label_set, "b", maps, make_info(), skipped=skipped)
+        write_shard(label_set, "b", maps, skipped=skipped)
     assert contents(label_set) == before
 
 
@@ -124,8 +126,6 @@ def test_what_is_read_back_is_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A disk that writes a valid array of other values."""
-    import tokenlabels.store.writer as writer
-
     right, before = writer.values_of, contents(label_set)
     calls: list[str] = []
 
@@ -135,7 +135,7 @@ def test_what_is_read_back_is_compared(
 
     monkeypatch.setattr(writer, "values_of", wrong_once)
     with pytest.raises(LabelStoreError, match="tail: reading back gave other values than were written"):
-        write_shard(label_set, "b", make_maps(make_info(), 4), make_info())
+        write_shard(label_set, "b", make_maps(4))
     assert contents(label_set) == before
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_written_over(
     before = contents(label_set)
     damage(label_set)
     assert list(verify_store(label_set))
-    write_shard(label_set, "b", make_maps(make_info(), 5, prefix="b"), make_info())
+    write_shard(label_set, "b", make_maps(5, prefix="b"))
     assert contents(label_set) == before
 
 
@@ -287,7 +287,7 @@ def test_a_power_cut_finds_everything_flushed_in_order(
     monkeypatch.setattr(os, "fsync", fsync)
     note_moves("rename")
     note_moves("replace")
-    manifest = write_shard(labels, "a", make_maps(info, 5), info)
+    manifest = write_shard(labels, "a", make_maps(5, info), info)
 
     files = {Path(name) for name in manifest.files}
     assert flushed_before[group] == files | {parent for name in files for parent in name.parents}

@@ -108,4 +108,5 @@ def run_trial(command: dict[str, Any], work: Work) -> dict[str, Any]:
 if __name__ == "__main__":
     main_work: Work = pickle.loads(Path(sys.argv[1]).read_bytes())
     for line in sys.stdin:
-        print(json.dumps(run_trial(json.loads(line), main_work)), flush=True)
+        sys.stdout.write(json.dumps(run_trial(json.loads(line), main_work)) + "\n")
+        sys.stdout.flush()
