@@ -22,7 +22,8 @@ def map_ahead(
 
     Args:
         size_of: bytes that an item and its result occupy. An item larger than `max_bytes` goes through alone.
-        max_bytes: bound on the sizes of all items that were read and whose results were not yet taken.
+        max_bytes: bound on the sizes of all items handed to the threads whose results were not yet taken. One more
+            item may have been read and wait for room.
 
     Raises:
         Exception: what `items` or `function` raised, at the place of the item that raised it.

@@ -68,7 +68,7 @@ class CellClassifier(nn.Module):
     """Turns an image classifier of timm into one that classifies every cell of its feature map.
 
     Args:
-        model: a timm model with `forward_features` and `forward_head`, in evaluation mode, on its device.
+        model: a timm model with `forward_features` and `forward_head`, on its device; put into evaluation mode.
         name: what error messages call it.
         image_size: pixels of the images to come, (H, W).
 
@@ -84,7 +84,7 @@ class CellClassifier(nn.Module):
     def __init__(self, model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.num_classes = _num_classes(model, name)
-        self.model = model
+        self.model = model.eval()
         self.name = name
         features = _probe(model, name, image_size)
         self.format = feature_format(model, name, features, image_size)

@@ -66,14 +66,16 @@ def train_demo_teacher(
     machine does not stretch the minute, as it does when threads wait for each other in every layer.
 
     Args:
-        path: file to write.
+        path: file to write; its name ends in .safetensors.
         seed: of the weights, the scenes and the crops; at least 0.
         steps: number of batches, at least 2.
         on_step: called after each batch with its number, from 0, and its loss.
 
     Raises:
-        ValueError: `steps` is below 2.
+        ValueError: `steps` is below 2, or the file has another ending.
     """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"got the file {path}; give a name that ends in .safetensors")
     if steps < 2:
         raise ValueError(f"got steps={steps}; give 2 or more (a usable teacher takes about {DEFAULT_STEPS})")
     with _one_thread(), torch.random.fork_rng(devices=[]):

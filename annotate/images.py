@@ -130,7 +130,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _find_local(name: str) -> list[str]:
-    path = str(Path(name).expanduser())
+    path = str(Path(name).expanduser().absolute())  # a worker has a working directory of its own
     if Path(path).exists():
         return [path]
     return sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern

@@ -55,15 +55,16 @@ class ProgressBar:
     def outcome(self, outcome: ShardReport | ShardFailure, *, settled: bool) -> None:
         """A shard ended."""
         self._num_counted = 0
+        stem = escape(outcome.stem)
         if isinstance(outcome, ShardReport):
             self._num_images += outcome.rows if outcome.status == "written" else 0
             self._num_skipped += len(outcome.skipped)
             if outcome.redone:
-                self._bar.print(f"[yellow]{outcome.stem} was made again:[/] {escape(outcome.redone)}")
+                self._bar.print(f"[yellow]{stem} was made again:[/] {escape(outcome.redone)}")
         elif settled:
-            self._bar.print(f"[red]{outcome.stem} failed:[/] {escape(outcome.reason)}")
+            self._bar.print(f"[red]{stem} failed:[/] {escape(outcome.reason)}")
         elif outcome.kind != "busy":
-            self._bar.print(f"[yellow]{outcome.stem} will be tried again:[/] {escape(outcome.reason)}")
+            self._bar.print(f"[yellow]{stem} will be tried again:[/] {escape(outcome.reason)}")
         self._bar.advance(self._task, 1 if settled else 0)
         self._show(self._num_images)
 

@@ -250,10 +250,11 @@ def _sorted(scores_HWk: NDArray[np.float16], classes_HWk: NDArray[np.int64]) -> 
 
 
 def _in_folder(root: Path) -> Iterator[_Entry]:
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
             path = Path(folder, name)
-            yield _Entry(str(path), path.stat().st_size, path)
+            yield _Entry(path.relative_to(root).as_posix(), path.stat().st_size, path)
 
 
 def _in_tar(archive: Path) -> tuple[list[_Entry], TarReader]:

@@ -48,6 +48,10 @@ class Job:
     device: str = "cpu"
     torch_threads: int | None = None
 
+    def __post_init__(self) -> None:
+        # A worker has a working directory of its own.
+        object.__setattr__(self, "labels", self.labels.absolute())
+
     def load_teacher(self) -> Teacher:
         """Load the teacher on this job's device."""
         if self.torch_threads:
@@ -174,6 +178,7 @@ def ray_session(address: str | None) -> Iterator[Any]:
 
 
 def _start_ray(ray: Any, address: str | None) -> None:
+    address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     options |= {"address": address} if address else {"include_dashboard": False}
     for is_last in (False, True):
@@ -212,12 +217,14 @@ class ActorPool:
     def __init__(self, ray: Any, job: Job, num_workers: int | None) -> None:
         resource = "GPU" if job.device == "cuda" else "CPU"
         available = int(ray.cluster_resources().get(resource, 0))
-        num_workers = num_workers or (available if resource == "GPU" else 1)
-        if not 0 < num_workers <= available:
+        num_workers = num_workers or (max(1, available) if resource == "GPU" else 1)
+        if num_workers > available:
             raise RunStoppedError(f"{num_workers} workers need a {resource} each; the Ray cluster has {available}")
         if resource == "CPU" and job.torch_threads is None:
             job = replace(job, torch_threads=max(1, available // num_workers))
         self._ray, self._job = ray, job
+        # A worker that Ray kills because memory runs low is dead too, but Ray has another error for it.
+        self._deaths = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
         self._idle = [self._new_actor() for _ in range(num_workers)]
         self._busy: dict[Any, tuple[Any, ImageShard]] = {}
 
@@ -231,7 +238,7 @@ class ActorPool:
             raise failure.cause from None
         except error.GetTimeoutError as failure:
             raise RunStoppedError(f"no Ray worker was ready after {ACTOR_START_SECONDS} s") from failure
-        except error.RayActorError as failure:
+        except self._deaths as failure:
             raise RunStoppedError(f"a Ray worker died while it loaded the teacher: {failure}") from failure
         return info
 
@@ -250,13 +257,14 @@ class ActorPool:
             return
         done, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=timeout)
         for reference in done:
-            actor, shard = self._busy.pop(reference)
+            actor, shard = self._busy[reference]
             try:
                 outcome: ShardReport | ShardFailure = self._ray.get(reference)
-            except self._ray.exceptions.RayActorError as error:
+            except self._deaths as error:
                 actor = self._new_actor()
                 reason = f"the worker died in mid-shard ({str(error).splitlines()[0]})"
                 outcome = ShardFailure(shard.stem, reason, "transient")
+            del self._busy[reference]
             self._idle.append(actor)
             yield outcome
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.models import is_model_pretrained, load_state_dict
+from timm.models import get_deprecated_models, is_model_pretrained, load_state_dict
 from torch import Tensor, nn
 
 from annotate.cells import TeacherError
@@ -94,22 +94,26 @@ def _check_name(spec: TeacherSpec) -> None:
     if spec.name.startswith(("hf-hub:", "local-dir:")):
         return
     architecture, _, tag = spec.name.partition(".")
+    renamed = get_deprecated_models()
+    if architecture in renamed:
+        raise TeacherError(f"{spec.name}: timm has given up this name; use {renamed[architecture] or 'another model'}")
     if not timm.is_model(architecture):
-        known = timm.list_models()
-        close = (
-            difflib.get_close_matches(architecture, known, n=_NUM_NAMES_SHOWN)
-            or [name for name in known if architecture.lower() in name][:_NUM_NAMES_SHOWN]
-        )
-        near = f"; near it are {', '.join(close)}" if close else ""
         raise TeacherError(
-            f"timm {timm.__version__} has no model {spec.name!r}{near}. Models from elsewhere are written "
-            "hf-hub:OWNER/MODEL or local-dir:FOLDER"
+            f"timm {timm.__version__} has no model {spec.name!r}{_near(architecture)}. Models from elsewhere are "
+            "written hf-hub:OWNER/MODEL or local-dir:FOLDER"
         )
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise TeacherError(f"{spec.name}: {architecture} has no tag {tag!r}; it has {', '.join(tags) or 'none'}")
     if spec.weights == "pretrained" and not is_model_pretrained(spec.name):
         raise TeacherError(f"{spec.name}: timm has no pretrained weights for it; give a checkpoint file")
+
+
+def _near(architecture: str) -> str:
+    known = timm.list_models()
+    close = difflib.get_close_matches(architecture, known, n=_NUM_NAMES_SHOWN)
+    names = close or [name for name in known if architecture.lower() in name]
+    return f"; near it are {_few(names)}" if names else ""
 
 
 def _build(spec: TeacherSpec, state: dict[str, Tensor] | None, **arguments: Any) -> Any:

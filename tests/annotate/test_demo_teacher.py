@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from annotate import demo_teacher
-from annotate.demo_teacher import MODEL_NAME, DemoTeacher, train_demo_teacher
+from annotate.demo_teacher import MODEL_NAME, train_demo_teacher
 from annotate.scenes import BACKGROUND, CLASS_NAMES, draw_scene
 from annotate.specs import TeacherSpec
 from annotate.teachers import load_teacher
@@ -42,7 +42,7 @@ class TestShortTraining:
     def test_same_seed_same_file_and_the_callers_torch_is_left_alone(self, tmp_path: Path) -> None:
         threads, random_state = torch.get_num_threads(), torch.get_rng_state()
         files = []
-        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        for name, seed in (("a.safetensors", 0), ("b.safetensors", 0), ("c.safetensors", 1)):
             torch.rand(3)
             files.append(train_demo_teacher(tmp_path / name, seed=seed, steps=2).checkpoint.read_bytes())
             torch.set_rng_state(random_state)
@@ -62,6 +62,10 @@ class TestParts:
         with pytest.raises(ValueError, match="got steps=1; give 2 or more"):
             train_demo_teacher(tmp_path / "teacher.safetensors", steps=1)
 
+    def test_other_file_types_are_refused_before_training(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"teacher\.pth; give a name that ends in \.safetensors"):
+            train_demo_teacher(tmp_path / "teacher.pth")
+
     def test_area_target_spreads_the_background(self) -> None:
         truth = np.array([[3, 3], [BACKGROUND, 7]], np.int16)
         expected = np.full(len(CLASS_NAMES), 0.025)
@@ -76,14 +80,9 @@ class TestParts:
 
 
 @pytest.mark.slow
-class TestFullTraining:
+def test_full_training_names_the_cells_of_new_scenes(tmp_path: Path) -> None:
     """What the demo promises; a teacher that guesses names one cell in ten."""
-
-    @pytest.fixture(scope="class")
-    def teacher(self, tmp_path_factory: pytest.TempPathFactory) -> DemoTeacher:
-        return train_demo_teacher(tmp_path_factory.mktemp("demo") / "teacher.safetensors", seed=4)
-
-    def test_cells_of_new_scenes_are_named_correctly(self, teacher: DemoTeacher) -> None:
-        assert teacher.name == MODEL_NAME
-        assert teacher.num_cells > 1000
-        assert teacher.token_accuracy > 0.92
+    teacher = train_demo_teacher(tmp_path / "teacher.safetensors", seed=4)
+    assert teacher.name == MODEL_NAME
+    assert teacher.num_cells > 1000
+    assert teacher.token_accuracy > 0.92

@@ -26,7 +26,7 @@ Contents = Callable[[Path], dict[str, bytes]]
 Writer = Callable[..., dict[str, Any]]
 
 STEMS = ("a", "b", "c")
-PAGE_BYTES = 4096
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="module")
@@ -157,37 +157,45 @@ def test_kill_9_at_random_instants(num_trials: int, killing: Killing) -> None:
         step = 1 + int((trial + draw.random()) * num_steps / num_trials)
         killing.trial(step, delay_seconds=draw.choice([0.0, draw.uniform(0, 0.005)]))
     assert killing.num_killed >= num_trials / 2, "the kills came too late to interrupt anything"
-    assert len(killing.states) >= num_trials / 4, "the kills came at too few different instants"
+    assert len(killing.states) >= num_trials / 2, "the kills came at too few different instants"
 
 
 @pytest.mark.parametrize("stride", [41, pytest.param(5, marks=pytest.mark.slow)])
 def test_kill_9_before_each_change_to_the_file_system(stride: int, killing: Killing) -> None:
-    steps = range(killing.num_steps(), 0, -stride)
-    for step in steps:
+    num_steps = killing.num_steps()
+    steps = {*range(1, num_steps, stride), num_steps - 1, num_steps}
+    for step in sorted(steps):
         killing.trial(step, delay_seconds=None)
     assert killing.num_killed == len(steps)
-    assert len(killing.states) >= len(steps) / 4
+    assert len(killing.states) >= len(steps) / 2
+    # The last shard's group renamed and not yet confirmed: the narrowest of all stages.
+    assert any("c.zarr/zarr.json" in state and "manifest/c.json" not in state for state in killing.states)
+
+
+@pytest.fixture(params=["over nothing", "over an old shard"])
+def lacking_space(request: pytest.FixtureRequest, old_set: Path) -> Path:
+    """A label set whose shard b is about to be written, and there may be a shard b already."""
+    if request.param == "over nothing":
+        shutil.rmtree(shard_path(old_set, "b"))
+        manifest_path(old_set, "b").unlink()
+    return old_set
 
 
 def test_a_file_size_limit_leaves_nothing_of_a_shard(
-    write_elsewhere: Writer, undisturbed: dict[str, bytes], old_set: Path, contents: Contents
+    lacking_space: Path, write_elsewhere: Writer, undisturbed: dict[str, bytes], contents: Contents
 ) -> None:
     """RLIMIT_FSIZE at every size, so that each file of the shard is once the one that does not fit."""
-    before = contents(old_set)
+    labels, before = lacking_space, contents(lacking_space)
     largest = max(len(content) for name, content in undisturbed.items() if name.startswith(("b.", "manifest/b")))
-    for limit in range(0, largest + 100, 100):
-        answer = write_elsewhere(old_set, stems=["b"], rewrite=True, max_file_bytes=limit)
-        if limit < largest:
-            assert answer["error"], f"{largest} bytes were written under a limit of {limit}"
-            kind, message = answer["error"]
-            assert (limit, kind) == (limit, "DiskFullError")
-            assert "b.zarr: File too large" in message
-            assert "Free some space" in message
-            assert contents(old_set) == before, limit
-        else:
-            assert answer["error"] is None
-    assert list(verify_store(old_set)) == []
-    assert {name for name, content in contents(old_set).items() if content != before[name]} > {"manifest/b.json"}
+    for limit in range(0, largest, 100):
+        kind, message = write_elsewhere(labels, stems=["b"], rewrite=True, max_file_bytes=limit)["error"]
+        assert kind == "DiskFullError"
+        assert "b.zarr: File too large" in message
+        assert "Free some space" in message
+        assert contents(labels) == before, f"after an error with a limit of {limit} bytes"
+    assert write_elsewhere(labels, stems=["b"], rewrite=True, max_file_bytes=largest)["error"] is None
+    assert list(verify_store(labels)) == []
+    assert contents(labels)["manifest/b.json"] == undisturbed["manifest/b.json"]
 
 
 def test_a_label_set_that_does_not_fit(tmp_path: Path, write_elsewhere: Writer, contents: Contents) -> None:
@@ -198,8 +206,8 @@ def test_a_label_set_that_does_not_fit(tmp_path: Path, write_elsewhere: Writer, 
 
 @pytest.fixture
 def small_disk(command: list[str], tmp_path: Path) -> Iterator[tuple[Path, Writer]]:
-    """A tmpfs of 1 MB, and a writer that works on it. It is mounted where only that process sees it."""
-    mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
+    """A tmpfs of 8 MB, and a writer that works on it. It is mounted where only that process sees it."""
+    mount = 'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$@"'
     for namespace in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
         if subprocess.run([*namespace, "sh", "-c", mount, str(tmp_path), "true"], capture_output=True).returncode == 0:
             break
@@ -212,18 +220,14 @@ def small_disk(command: list[str], tmp_path: Path) -> Iterator[tuple[Path, Write
         process.kill()
 
 
-@pytest.mark.parametrize("over", ["over nothing", "over an old shard"])
 def test_a_full_disk_leaves_nothing_of_a_shard(
-    over: str, small_disk: tuple[Path, Writer], undisturbed: dict[str, bytes], old_set: Path, contents: Contents
+    small_disk: tuple[Path, Writer], undisturbed: dict[str, bytes], lacking_space: Path, contents: Contents
 ) -> None:
     """At every number of free pages, so that the disk is full once at every step of the writer."""
     disk, write = small_disk
-    labels = Path(shutil.copytree(old_set, disk / "labels"))
-    if over == "over nothing":
-        shutil.rmtree(shard_path(labels, "b"))
-        manifest_path(labels, "b").unlink()
-    before, ballast = contents(labels), disk / "ballast"
-    for free_pages in range(100):
+    labels = Path(shutil.copytree(lacking_space, disk / "labels"))
+    before, ballast, free_pages = contents(labels), disk / "ballast", 0
+    while True:
         ballast.unlink(missing_ok=True)
         ballast.write_bytes(bytes((os.statvfs(disk).f_bfree - free_pages) * PAGE_BYTES))
         error = write("labels", stems=["b"], rewrite=True)["error"]
@@ -232,8 +236,8 @@ def test_a_full_disk_leaves_nothing_of_a_shard(
         assert error[0] == "DiskFullError", error
         assert "b.zarr: No space left on device" in error[1]
         assert contents(labels) == before, f"after an error with {free_pages} free pages"
-    num_files = sum(name.startswith(("b.", "manifest/b.")) for name in undisturbed)
-    assert free_pages == num_files, "each file of the shard takes a page"
+        free_pages += 1
+    assert free_pages >= sum(name.startswith(("b.", "manifest/b.")) for name in undisturbed)
     assert list(verify_store(labels)) == []
     ballast.unlink()
     assert write("labels", rewrite=True)["error"] is None

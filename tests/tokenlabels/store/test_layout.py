@@ -102,9 +102,8 @@ def test_files_of_a_label_set(label_set: Path, contents: Callable[[Path], dict[s
 
 
 def test_chunks_are_written_even_where_they_equal_the_fill_value(
-    tmp_path: Path, make_info: Callable[..., LabelSet], write_shard: Callable[..., Manifest]
+    label_set: Path, write_shard: Callable[..., Manifest]
 ) -> None:
-    info = make_info()
     nothing = ScoreMaps(
         ("",),
         np.full((1, 3, 2, 3), np.nan, np.float16),
@@ -112,6 +111,5 @@ def test_chunks_are_written_even_where_they_equal_the_fill_value(
         np.full((1, 3, 2), np.nan, np.float16),
         np.full((1, 4), np.nan, np.float32),
     )
-    create_label_set(tmp_path, info)
-    manifest = write_shard(tmp_path, "a", nothing, info)
+    manifest = write_shard(label_set, "b", nothing)
     assert sum("/c/" in name for name in manifest.files) == 5

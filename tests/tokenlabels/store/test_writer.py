@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tokenlabels.store import (
     verify_store,
 )
 from tokenlabels.store.files import files_below, sha256_of, temporary_sibling
+from tokenlabels.store.layout import values_of
 from tokenlabels.types import ScoreMaps
 
 MakeInfo = Callable[..., LabelSet]
@@ -41,7 +44,7 @@ def test_two_writes_give_the_same_bytes(
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
-def test_the_manifest_says_what_was_written(label_set: Path, make_info: MakeInfo, write_shard: WriteShard) -> None:
+def test_the_manifest_says_what_was_written(label_set: Path, write_shard: WriteShard) -> None:
     skipped = SkippedRecord(key="broken", reason="truncated")
     maps = open_store(label_set).shards[1].read()
     manifest = write_shard(label_set, "b", maps, skipped=[skipped])
@@ -57,7 +60,7 @@ def test_the_manifest_says_what_was_written(label_set: Path, make_info: MakeInfo
 
 
 def test_a_tar_without_a_readable_image_is_an_empty_shard(
-    label_set: Path, make_info: MakeInfo, make_maps: MakeMaps, write_shard: WriteShard
+    label_set: Path, make_maps: MakeMaps, write_shard: WriteShard
 ) -> None:
     manifest = write_shard(label_set, "b", make_maps(0))
     assert (manifest.rows, list(verify_store(label_set))) == (0, [])
@@ -91,7 +94,7 @@ def with_keys(maps: ScoreMaps, keys: tuple[str, ...]) -> ScoreMaps:
 
 
 def test_duplicate_keys_are_refused(
-    label_set: Path, make_info: MakeInfo, make_maps: MakeMaps, write_shard: WriteShard, contents: Contents
+    label_set: Path, make_maps: MakeMaps, write_shard: WriteShard, contents: Contents
 ) -> None:
     before = contents(label_set)
     with pytest.raises(LabelStoreError, match=r"b\.zarr: two maps have the same key"):
@@ -103,7 +106,6 @@ def test_duplicate_keys_are_refused(
 def test_keys_that_are_not_unicode_are_refused(
     where: str,
     label_set: Path,
-    make_info: MakeInfo,
     make_maps: MakeMaps,
     write_shard: WriteShard,
     contents: Contents,
@@ -119,21 +121,20 @@ def test_keys_that_are_not_unicode_are_refused(
 
 def test_what_is_read_back_is_compared(
     label_set: Path,
-    make_info: MakeInfo,
     make_maps: MakeMaps,
     write_shard: WriteShard,
     contents: Contents,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A disk that writes a valid array of other values."""
-    right, before = writer.values_of, contents(label_set)
-    calls: list[str] = []
+    before, calls = contents(label_set), list[str]()
 
     def wrong_once(maps: ScoreMaps, name: str) -> object:
         calls.append(name)
-        return right(maps, name) + np.float16(1) if calls == ["scores", "classes", "tail"] else right(maps, name)
+        right = values_of(maps, name)
+        return right + np.float16(1) if calls == ["scores", "classes", "tail"] else right
 
-    monkeypatch.setattr(writer, "values_of", wrong_once)
+    monkeypatch.setattr("tokenlabels.store.writer.values_of", wrong_once)
     with pytest.raises(LabelStoreError, match="tail: reading back gave other values than were written"):
         write_shard(label_set, "b", make_maps(4))
     assert contents(label_set) == before
@@ -144,6 +145,13 @@ def test_joining_a_label_set_adds_tars(tmp_path: Path, make_info: MakeInfo) -> N
     joined = create_label_set(tmp_path, make_info(tars=("b.tar", "c.tar")))
     assert joined == make_info(tars=("a.tar", "b.tar", "c.tar"))
     assert create_label_set(tmp_path, make_info(tars=())) == joined == open_store(tmp_path).info
+
+
+def test_jobs_that_join_at_once_lose_no_tars(tmp_path: Path, make_info: MakeInfo) -> None:
+    tars = tuple(f"{number:02d}.tar" for number in range(16))
+    with ThreadPoolExecutor(8) as jobs:
+        list(jobs.map(lambda tar: create_label_set(tmp_path, make_info(tars=(tar,))), tars))
+    assert open_store(tmp_path).missing == tars
 
 
 def test_joining_with_other_settings_is_refused(label_set: Path, make_info: MakeInfo, contents: Contents) -> None:
@@ -188,7 +196,6 @@ DAMAGES = [remove_manifest, damage_manifest, truncate_chunk, empty_group, add_st
 def test_a_damaged_shard_is_written_over(
     damage: Callable[[Path], None],
     label_set: Path,
-    make_info: MakeInfo,
     make_maps: MakeMaps,
     write_shard: WriteShard,
     contents: Contents,
@@ -250,6 +257,21 @@ def test_one_process_claims_a_shard_until_it_dies(label_set: Path, make_info: Ma
             assert not unfinished.exists()
 
 
+def test_waiting_for_a_claim(label_set: Path, make_info: MakeInfo) -> None:
+    info, claimed = make_info(), threading.Event()
+
+    def wait_for_it() -> None:
+        with claim_shard(label_set, "b", info, wait=True):
+            claimed.set()
+
+    waiting = threading.Thread(target=wait_for_it)
+    with claim_shard(label_set, "b", info):
+        waiting.start()
+        assert not claimed.wait(timeout=0.1)
+    waiting.join(timeout=10)
+    assert claimed.is_set()
+
+
 def test_a_claim_is_given_back_after_an_error(label_set: Path, make_info: MakeInfo) -> None:
     with pytest.raises(RuntimeError, match="in the block"), claim_shard(label_set, "b", make_info()):
         raise RuntimeError("in the block")
@@ -264,9 +286,9 @@ def test_a_power_cut_finds_everything_flushed_in_order(
     write_shard: WriteShard,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All files before the group is renamed, that before the manifest is, and that in the end."""
+    """The files before the group is renamed, that and the manifest before the manifest is, and that in the end."""
     flushed: list[Path] = []
-    flushed_before: dict[Path, set[Path]] = {}
+    moves: list[tuple[Path, Path, list[Path]]] = []
 
     def fsync(descriptor: int) -> None:
         flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink())
@@ -275,21 +297,22 @@ def test_a_power_cut_finds_everything_flushed_in_order(
         move: Callable[[Path, Path], Path] = getattr(Path, name)
 
         def noted(path: Path, target: Path) -> Path:
-            flushed_before[target] = {place.relative_to(path) for place in flushed if place.is_relative_to(path)}
-            flushed.clear()
+            moves.append((path, target, flushed.copy()))
             return move(path, target)
 
         monkeypatch.setattr(Path, name, noted)
 
     labels, info = tmp_path / "labels", make_info()
-    group, mark = labels / "a.zarr", labels / "manifest" / "a.json"
     create_label_set(labels, info)
     monkeypatch.setattr(os, "fsync", fsync)
     note_moves("rename")
     note_moves("replace")
-    manifest = write_shard(labels, "a", make_maps(5, info), info)
+    manifest = write_shard(labels, "a", make_maps(5))
 
+    (temporary, group, before_group), (staged, mark, before_mark) = moves[-2:]
+    assert (group, mark) == (labels / "a.zarr", labels / "manifest" / "a.json")
     files = {Path(name) for name in manifest.files}
-    assert flushed_before[group] == files | {parent for name in files for parent in name.parents}
-    assert list(flushed_before)[-2:] == [group, mark]
-    assert flushed == [mark.parent]
+    folders = {folder for name in files for folder in name.parents}
+    assert {*before_group} == {temporary / name for name in files | folders} | {staged}
+    assert before_mark == [*before_group, labels]
+    assert flushed == [*before_mark, mark.parent]
