@@ -331,7 +331,7 @@ def _finished(labels: Path, source: ImageShard, info: LabelSet) -> tuple[Manifes
 
 
 def _check_skipped(source: ImageShard, skipped: Sequence[SkippedRecord], num_samples: int, max_skip: float) -> None:
-    if len(skipped) <= max_skip * num_samples:
+    if not skipped or len(skipped) / num_samples <= max_skip:
         return
     reasons = "".join(f"\n  {record.key}: {record.reason}" for record in skipped[:SHOWN_REASONS])
     more = f"\n  ... and {len(skipped) - SHOWN_REASONS} more" if len(skipped) > SHOWN_REASONS else ""

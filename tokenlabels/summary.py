@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenlabels.geometry import valid_cells
 from tokenlabels.types import ScoreMap, ScoreMaps
 
 if TYPE_CHECKING:
@@ -119,20 +120,22 @@ def summarise_store(store: "LabelStore", on_shard: Callable[[str], None] = lambd
 
 
 def summarise_map(score_map: ScoreMap, class_names: tuple[str, ...] | None) -> MapSummary:
-    """Which classes a map shows, by the share of cells in which they lead."""
-    classes, probabilities = score_map.classes, score_map.probabilities()
-    leading = classes[..., 0]
+    """Which classes a map shows, by the share of cells in which they lead. Cells of letterbox padding do not count."""
+    inside = valid_cells(score_map.view, score_map.grid)
+    classes, probabilities = score_map.classes[inside], score_map.probabilities()[inside]
+    leading = classes[:, 0]
+    num_cells = max(len(leading), 1)
     mean_probability = {
-        int(c): float(probabilities[classes == c].sum() / leading.size) for c in np.unique(classes).tolist()
+        int(c): float(probabilities[classes == c].sum() / num_cells) for c in np.unique(classes).tolist()
     }
-    shares = {c: float(np.mean(leading == c)) for c in mean_probability}
+    shares = {c: float((leading == c).sum() / num_cells) for c in mean_probability}
     order = sorted(shares, key=lambda c: (-shares[c], -mean_probability[c], c))
     return MapSummary(
         key=score_map.key,
         grid=score_map.grid,
         k=score_map.k,
         view=tuple(score_map.view.tolist()),
-        tail_mean=float(score_map.tail.mean(dtype=np.float64)),
+        tail_mean=float(score_map.tail[inside].astype(np.float64).sum() / num_cells),
         num_distinct_classes=len(order),
         classes=tuple(ClassShare(c, class_name(class_names, c), shares[c], mean_probability[c]) for c in order),
     )
@@ -163,13 +166,14 @@ def num_distinct_classes(maps: ScoreMaps) -> NDArray[np.int64]:
 
 
 def image_level_class(maps: ScoreMaps) -> NDArray[np.int64]:
-    """The class with the largest mean probability over all cells of each map, int64 [n].
+    """The class with the largest mean probability over the cells of each map, int64 [n].
 
-    Only stored mass counts: a class outside the k best of a cell adds nothing there.
+    Only stored mass counts: a class outside the k best of a cell adds nothing there. Nor do cells of letterbox padding.
     """
     best = np.zeros(len(maps), np.int64)
     probabilities = maps.probabilities()
-    for row, (ids, weights) in enumerate(zip(maps.classes, probabilities, strict=True)):
+    for row, (ids, view) in enumerate(zip(maps.classes, maps.views, strict=True)):
+        weights = probabilities[row] * valid_cells(view, maps.grid)[..., None]
         classes, where = np.unique(ids, return_inverse=True)
         best[row] = classes[np.argmax(np.bincount(where.ravel(), weights=weights.ravel()))]
     return best

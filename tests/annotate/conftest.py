@@ -65,7 +65,7 @@ class PixelTeacher(Teacher):
         return TopK.cat([self._label(one_image) for one_image in zip(*images, strict=True)])
 
     def _label(self, images: Sequence[Tensor]) -> TopK:
-        features = torch.cat([self._cell_means(image) for image in images], dim=-1)
+        features = torch.cat([self._cell_means(image) - 128 for image in images], dim=-1)
         return top_k((features @ self._weights / 16).float()[None], self.topk)
 
     def _cell_means(self, image: Tensor) -> Tensor:
