@@ -50,7 +50,7 @@ class ColouredMap:
     Attributes:
         leading: the classes that lead in some cell, by falling probability over the whole map.
         colours: uint8 [n, 3] RGB, of `leading`.
-        rank: int [H, W], index into `leading`.
+        rank: int [H, W], index into `leading`; without meaning where not `valid`.
         confidence: float32 [H, W], probability of the leading class, 0..1.
         valid: bool [H, W], false for the padding of a letterboxed map.
     """
@@ -68,7 +68,9 @@ class ColouredMap:
         leading = sorted((share for share in shares if share.share_of_cells), key=lambda share: -share.mean_probability)
         ids = np.array([share.class_id for share in leading])
         by_id = np.argsort(ids)
-        rank = by_id[np.searchsorted(ids, score_map.classes[..., 0], sorter=by_id)]
+        # A class that leads in padding alone is not in the list; such cells are not drawn.
+        place = np.searchsorted(ids, score_map.classes[..., 0], sorter=by_id).clip(max=len(ids) - 1)
+        rank = by_id[place]
         return cls(
             leading=tuple(leading),
             colours=class_colours(ids.tolist()),

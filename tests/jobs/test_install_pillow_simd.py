@@ -64,18 +64,12 @@ def run(*arguments: str, environment: Path | None, **variables: str) -> subproce
     )
 
 
-def missing_for_building() -> str | None:
-    """Why this machine cannot build; asked of the script's own check."""
-    if shutil.which("cc") is None:
-        return "no C compiler"
-    for header in ("jpeglib.h", "zlib.h"):
-        source = f"#include <stdio.h>\n#include <{header}>\n"
-        if subprocess.run(["cc", "-E", "-x", "c", "-"], input=source.encode(), capture_output=True).returncode:
-            return f"no {header}"
-    return None
-
-
-needs_compiler = pytest.mark.skipif(missing_for_building() is not None, reason=str(missing_for_building()))
+def install(environment: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the script to build; skips the test on a machine that cannot."""
+    result = run(environment=environment, **variables)
+    if "apt-get install" in result.stderr or "x86-64" in result.stderr:
+        pytest.skip(result.stderr.strip())
+    return result
 
 
 def test_bash_can_read_it() -> None:
@@ -178,7 +172,6 @@ def test_no_compiler_is_named_with_its_package(environment: Path) -> None:
     assert (result.returncode, "no C compiler (no-such-compiler -O2). apt-get install" in result.stderr) == (1, True)
 
 
-@needs_compiler
 def test_missing_headers_are_named_with_their_packages(environment: Path, tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nsource=$(cat)\ncase "$source" in *jpeglib*) exit 1 ;; esac\n')
@@ -211,11 +204,10 @@ def index_with(init: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@needs_compiler
 def test_swap_and_undo(offline_pip: Path, tmp_path: Path) -> None:
     before = pil_of(offline_pip)
     index = index_with(SHIM, tmp_path / "index")
-    result = run(environment=offline_pip, **index)
+    result = install(offline_pip, **index)
     assert result.returncode == 0, result.stderr
     assert "largest difference to Pillow: 0 grey levels" in result.stdout
     assert "ratio " in result.stdout
@@ -237,20 +229,18 @@ FAILURES = {
     "does not build": (None, "could not be built; Pillow was not touched"),
     "does not import": ("raise ImportError('libjpeg.so.62')", "does not work; Pillow was not touched"),
     "other pixels": (SHIM + WRONG_PIXELS, "differs from Pillow's by 3 grey levels"),
-    "other version": (SHIM + "__version__ = '1.0'", "Pillow was not touched"),
     "fails once in place": (BROKEN_IN_PLACE + SHIM, "the proof failed in place; Pillow is back"),
 }
 
 
 @pytest.mark.slow
-@needs_compiler
 @pytest.mark.parametrize(("init", "message"), FAILURES.values(), ids=FAILURES.keys())
 def test_whatever_fails_pillow_stays(init: str | None, message: str, offline_pip: Path, tmp_path: Path) -> None:
     before = pil_of(offline_pip)
     index = index_with(init or SHIM, tmp_path / "index")
     if init is None:
         (tmp_path / "index" / f"pillow_simd-{VERSION}.tar.gz").unlink()
-    result = run(environment=offline_pip, **index)
+    result = install(offline_pip, **index)
     assert result.returncode == 1
     assert message in result.stderr
     assert pil_of(offline_pip) == before
@@ -258,17 +248,15 @@ def test_whatever_fails_pillow_stays(init: str | None, message: str, offline_pip
 
 
 @pytest.mark.slow
-@needs_compiler
 def test_the_real_thing(tmp_path: Path) -> None:
     path = tmp_path / "environment"
     venv.create(path, symlinks=True, with_pip=True)
-    install = [path / "bin" / "python", "-m", "pip", "install", "--quiet", f"pillow=={VERSION}"]
-    if subprocess.run(install, capture_output=True).returncode:
+    get_pillow = [str(path / "bin" / "python"), "-m", "pip", "install", "--quiet", f"pillow=={VERSION}"]
+    if subprocess.run(get_pillow, capture_output=True).returncode:
         pytest.skip("no package index is in reach")
     before = pil_of(path)
-    result = run(environment=path)
+    result = install(path)
     assert result.returncode == 0, result.stderr
-    print(result.stdout)
     assert "grey levels (2 are allowed)" in result.stdout
     assert run("--undo", environment=path).returncode == 0
     assert pil_of(path) == before
