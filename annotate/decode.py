@@ -160,12 +160,12 @@ def _decode(data: bytes) -> Image.Image:
         if width * height > MAX_PIXELS:
             raise UndecodableImageError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
         image.load()
-        transposition = _UPRIGHT.get(_orientation(image))
+        transposition = _UPRIGHT.get(exif_orientation(image))
         rgb = _to_rgb(image)
         return rgb if transposition is None else rgb.transpose(transposition)
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """1..8 from the EXIF block; 1, upright, where there is none or it makes no sense."""
     exif = Image.Exif()
     try:

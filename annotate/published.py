@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from annotate.decode import FORMATS, _orientation
+from annotate.decode import FORMATS, exif_orientation
 from annotate.images import EncodedImage, ImageShard
 from annotate.published_read import (
     Axes,
@@ -35,7 +35,7 @@ from annotate.published_read import (
     open_label_files,
     tail_of_zero_logits,
 )
-from annotate.shard import _agreement, _check_skipped, _finished, library_versions
+from annotate.shard import image_level_agreement, check_skipped, finished_manifest, library_versions
 from tokenlabels.geometry import view_center, view_squash
 from tokenlabels.store import (
     LabelSet,
@@ -126,15 +126,15 @@ def import_published(
         for shard in map(copy.copy, shards):  # copies, so that the header index of a tar goes when its shard is done
             on_shard(shard.stem)
             with claim_shard(labels, shard.stem, info) as writer:
-                if _finished(labels, shard, info)[0] is not None:
+                if finished_manifest(labels, shard, info)[0] is not None:
                     continue
                 imported = _import_images(shard.images(), files, info, settings)
                 num_samples = len(shard.keys())
-                _check_skipped(shard, imported.skipped, num_samples, max_skip)
+                check_skipped(shard, imported.skipped, num_samples, max_skip)
                 manifest = writer.write(
                     imported.maps,
                     source=SourceRecord(name=shard.name, size_bytes=shard.size_bytes, num_samples=num_samples),
-                    image_level=_agreement(imported.maps, imported.labels),
+                    image_level=image_level_agreement(imported.maps, imported.labels),
                     skipped=imported.skipped,
                     versions=library_versions(),
                 )
@@ -282,7 +282,7 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.format not in ("JPEG", "MPO"):
                 image.load()  # elsewhere the EXIF block may stand behind the pixels
-            orientation = _orientation(image)
+            orientation = exif_orientation(image)
             width_px, height_px = image.size
     except Exception as error:  # Pillow lets through whatever a damaged file leads it into
         raise _NoLabelsError(f"its size cannot be read: {' '.join(str(error).split())[:160]}") from error

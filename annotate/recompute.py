@@ -58,7 +58,7 @@ def compare(stored: ScoreMap, again: ScoreMap, *, amp: str) -> Iterator[str]:
     """Compare two maps of one image.
 
     Near ties may swap places, also across the last place that is kept. So scores are compared rank by rank, and a
-    stored class has to be there again with a score near its own, or be one that could just have dropped out.
+    stored class has to be there again, in its place or with a score near its own, or may just have dropped out.
 
     Yields:
         What differs by more than arithmetic explains.
@@ -71,8 +71,8 @@ def compare(stored: ScoreMap, again: ScoreMap, *, amp: str) -> Iterator[str]:
     same_class = stored.classes[..., :, None] == again.classes[..., None, :]
     near = np.abs(scores[..., :, None] - new_scores[..., None, :]) <= tolerance
     dropped = ~same_class.any(axis=-1) & (scores <= new_scores[..., -1:] + tolerance)
-    num_other = int(np.count_nonzero(~((same_class & near).any(axis=-1) | dropped)))
-    if num_other:
+    explained = (stored.classes == again.classes) | (same_class & near).any(axis=-1) | dropped
+    if num_other := int(np.count_nonzero(~explained)):
         yield f"{num_other} of {scores.size} classes are others"
     # A tail is the logistic function, of slope 1/4 at most, of the distance of two log-sums of logits; none of the two
     # moves farther than a logit. The rest is rounding to float16.

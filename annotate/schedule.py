@@ -4,6 +4,7 @@ Both ways hand out shards from the same `Ledger`, run the same `annotate_shard`,
 that dies takes nothing with it but the time since its last commit: its shard goes back to the ledger.
 """
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -143,7 +144,8 @@ def try_shard(
 ) -> ShardReport | ShardFailure:
     """Label one shard; what is wrong with the shard or the disk becomes a value, a bug stays an exception."""
     try:
-        return annotate_shard(shard, job.labels, teacher, job.config, wait=wait, on_images=on_images)
+        # A copy: the index that a shard keeps of its tar goes with it, so that a thousand of them do not pile up.
+        return annotate_shard(copy.copy(shard), job.labels, teacher, job.config, wait=wait, on_images=on_images)
     except ShardBusyError as error:
         return ShardFailure(shard.stem, str(error), "busy")
     except DiskFullError as error:

@@ -123,14 +123,14 @@ def annotate_shard(
     start_seconds = time.monotonic()
     info = create_label_set(destination, label_set(teacher, config, [source.name]))
     with claim_shard(destination, source.stem, info, wait=wait) as writer:
-        manifest, redone = _finished(destination, source, info)
+        manifest, redone = finished_manifest(destination, source, info)
         status: Literal["written", "finished before"] = "finished before"
         if manifest is None:
             status = "written"
             num_samples = len(source.keys())
             labelled = label_images(source.images(), num_samples, teacher, config, on_images)
             record = SourceRecord(name=source.name, size_bytes=source.size_bytes, num_samples=num_samples)
-            _check_skipped(source, labelled.skipped, num_samples, config.max_skip)
+            check_skipped(source, labelled.skipped, num_samples, config.max_skip)
             manifest = writer.write(
                 labelled.maps,
                 source=record,
@@ -270,7 +270,7 @@ def label_images(
         rows.add(batch, teacher)
         on_images(len(batch))
     maps = rows.maps()
-    return Labelled(maps, tuple(skipped), _agreement(maps, rows.labels))
+    return Labelled(maps, tuple(skipped), image_level_agreement(maps, rows.labels))
 
 
 class _Rows:
@@ -303,13 +303,14 @@ class _Rows:
         )
 
 
-def _agreement(maps: ScoreMaps, labels: Sequence[int | None]) -> ImageLevelRecord:
+def image_level_agreement(maps: ScoreMaps, labels: Sequence[int | None]) -> ImageLevelRecord:
+    """How often the most probable class of a whole map is the data set's own label, where there is one."""
     predicted = image_level_class(maps)
     pairs = [(label, best) for label, best in zip(labels, predicted.tolist(), strict=True) if label is not None]
     return ImageLevelRecord(num_labelled=len(pairs), num_agreeing=sum(label == best for label, best in pairs))
 
 
-def _finished(labels: Path, source: ImageShard, info: LabelSet) -> tuple[Manifest | None, str | None]:
+def finished_manifest(labels: Path, source: ImageShard, info: LabelSet) -> tuple[Manifest | None, str | None]:
     """The manifest of a shard that is done; or None, and why labels that are there must be made again."""
     if not manifest_path(labels, source.stem).exists():
         return None, None
@@ -330,7 +331,7 @@ def _finished(labels: Path, source: ImageShard, info: LabelSet) -> tuple[Manifes
     return shard.manifest, None
 
 
-def _check_skipped(source: ImageShard, skipped: Sequence[SkippedRecord], num_samples: int, max_skip: float) -> None:
+def check_skipped(source: ImageShard, skipped: Sequence[SkippedRecord], num_samples: int, max_skip: float) -> None:
     if not skipped or len(skipped) / num_samples <= max_skip:
         return
     reasons = "".join(f"\n  {record.key}: {record.reason}" for record in skipped[:SHOWN_REASONS])

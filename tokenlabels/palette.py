@@ -50,7 +50,7 @@ class ColouredMap:
     Attributes:
         leading: the classes that lead in some cell, by falling probability over the whole map.
         colours: uint8 [n, 3] RGB, of `leading`.
-        rank: int [H, W], index into `leading`; without meaning where not `valid`.
+        rank: int [H, W], index into `leading`; 0 where not `valid`.
         confidence: float32 [H, W], probability of the leading class, 0..1.
         valid: bool [H, W], false for the padding of a letterboxed map.
     """
@@ -66,17 +66,17 @@ class ColouredMap:
         """Colour a map; `class_names` by class id, or None where nobody knows them."""
         shares = summarise_map(score_map, class_names).classes
         leading = sorted((share for share in shares if share.share_of_cells), key=lambda share: -share.mean_probability)
-        ids = np.array([share.class_id for share in leading])
+        ids = np.array([share.class_id for share in leading], dtype=np.int64)
         by_id = np.argsort(ids)
-        # A class that leads in padding alone is not in the list; such cells are not drawn.
-        place = np.searchsorted(ids, score_map.classes[..., 0], sorter=by_id).clip(max=len(ids) - 1)
-        rank = by_id[place]
+        valid = valid_cells(score_map.view, score_map.grid)
+        rank = np.zeros(score_map.grid, np.intp)
+        rank[valid] = by_id[np.searchsorted(ids, score_map.classes[valid, 0], sorter=by_id)]
         return cls(
             leading=tuple(leading),
             colours=class_colours(ids.tolist()),
             rank=rank,
             confidence=score_map.probabilities()[..., 0],
-            valid=valid_cells(score_map.view, score_map.grid),
+            valid=valid,
         )
 
     def beyond(self, rank: int) -> tuple[int, float, float]:

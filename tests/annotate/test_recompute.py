@@ -94,7 +94,7 @@ def raise_scores(maps: ScoreMaps) -> None:
 
 def rename_a_class(maps: ScoreMaps) -> None:
     cell = maps.classes[1, 0, 2]
-    cell[-1] = next(number for number in range(20) if number not in cell.tolist())
+    cell[-2] = next(number for number in range(20) if number not in cell.tolist())
 
 
 def raise_a_tail(maps: ScoreMaps) -> None:
@@ -266,16 +266,16 @@ class TestCompare:
             False,
         ]
 
-    @given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0.1, 12), share=st.floats(0, 0.95))
+    # The rest up to 1 is what rounding both sides to float16 takes.
+    @given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0.1, 12), share=st.floats(0, 0.75))
     @settings(max_examples=60, deadline=None)
     def test_logits_that_moved_by_less_than_is_allowed(self, seed: int, spread: float, share: float) -> None:
         random = np.random.default_rng(seed)
         logits = random.normal(0, spread, size=(3, 4, 30))
-        moved = share * RELATIVE_TOLERANCE["none"] * max(1.0, np.abs(logits).max(axis=-1).min())
-        stored, again = (best_of(side) for side in (logits, logits + random.uniform(-moved, moved, size=logits.shape)))
-        # scores are rounded to float16 on both sides
-        assume_room = RELATIVE_TOLERANCE["none"] * (1 - share) >= 2**-10
-        assert assume_room <= (list(compare(stored, again, amp="none")) == [])
+        stored = best_of(logits)
+        moved = share * RELATIVE_TOLERANCE["none"] * max(1.0, float(np.abs(stored.scores).max()))
+        again = best_of(logits + random.uniform(-moved, moved, size=logits.shape))
+        assert list(compare(stored, again, amp="none")) == []
 
 
 def best_of(logits: np.ndarray[Any, np.dtype[np.float64]], k: int = 4) -> ScoreMap:

@@ -343,20 +343,23 @@ def _by_class(best: TopK) -> Tensor:
     return torch.zeros(best.scores.shape).scatter(-1, best.classes, best.scores.float())
 
 
-def test_autocast_covers_the_backbone_and_leaves_the_head_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.dtype] = []
+@pytest.mark.parametrize("flip", [False, True], ids=["plain", "flip"])
+def test_autocast_covers_the_backbone_and_leaves_the_head_in_float32(
+    flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
     head = Small.forward_head
 
     def watched(self: Small, features: Tensor) -> Tensor:
         logits = head(self, features)
-        seen.extend((features.dtype, logits.dtype))
+        seen.update((features.dtype, logits.dtype))
         return logits
 
     models = [member(Small(0))]
     monkeypatch.setattr(Small, "forward_head", watched)
-    half = Teacher(models, topk=NUM_CLASSES, amp="bf16")([pictures(2)])
-    whole = Teacher(models, topk=NUM_CLASSES)([pictures(2)])
-    assert set(seen) == {torch.float32}
+    half = Teacher(models, topk=NUM_CLASSES, flip=flip, amp="bf16")([pictures(2)])
+    whole = Teacher(models, topk=NUM_CLASSES, flip=flip)([pictures(2)])
+    assert seen == {torch.float32}
     assert not torch.equal(half.scores, whole.scores)
     torch.testing.assert_close(_by_class(half), _by_class(whole), rtol=0.05, atol=0.05)
 

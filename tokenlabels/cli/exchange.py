@@ -46,7 +46,7 @@ def import_labels(
     typer.echo(
         f"{out}: {report.num_images} images in {report.num_shards} shards imported, "
         f"{report.num_finished_before} shards were finished before, {report.num_skipped} images without labels, "
-        f"{report.num_unused_files} label files without image"
+        f"{report.num_turned} maps turned upright with their image, {report.num_unused_files} label files without image"
     )
 
 
@@ -62,3 +62,7 @@ def export_labels(
         report = export_published(labels, out, on_shard=lambda stem: status.update(f"exporting {stem}"))
     without = f"; {report.num_without} images have no labels" if report.num_without else ""
     typer.echo(f"{out}: {report.num_files} files, {report.num_bytes / 1e6:.1f} MB{without}")
+    if report.resize != "squash":
+        typer.echo(
+            f"note: these maps show the {report.resize} view; published trainers read every map as the whole image"
+        )
