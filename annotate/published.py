@@ -35,7 +35,7 @@ from annotate.published_read import (
     open_label_files,
     tail_of_zero_logits,
 )
-from annotate.shard import image_level_agreement, check_skipped, finished_manifest, library_versions
+from annotate.shard import check_skipped, finished_manifest, image_level_agreement, library_versions
 from tokenlabels.geometry import view_center, view_squash
 from tokenlabels.store import (
     LabelSet,

@@ -111,18 +111,21 @@ def _block_style(colour: NDArray[np.uint8], confidence: float) -> Style:
 
 
 def _paint_map(photograph: Image.Image, coloured: ColouredMap, view: NDArray[np.float32]) -> Image.Image:
-    """Colour the cells over a grey copy of the photograph, with lines between them; dim what no cell covers."""
+    """Colour the cells over a grey copy of the photograph, with lines between them; dim what no valid cell covers."""
     grey = np.asarray(photograph.convert("L"), np.float32)[..., None]
+    dim = grey * 0.35
+    if not coloured.valid.any():
+        return Image.fromarray(np.repeat(dim, 3, axis=2).astype(np.uint8))
     left, top, right, bottom = view.tolist()
     row, on_row_edge = _cell_of_pixels(photograph.height, top, bottom, coloured.rank.shape[0])
     column, on_column_edge = _cell_of_pixels(photograph.width, left, right, coloured.rank.shape[1])
-    covered = ((row >= 0)[:, None] & (column >= 0))[..., None]
+    covered = ((row >= 0)[:, None] & (column >= 0) & coloured.valid[np.ix_(row, column)])[..., None]
     colours = coloured.colours[coloured.rank][np.ix_(row, column)]
     opacity = _STRONGEST * coloured.confidence[np.ix_(row, column)][..., None]
     painted = grey + opacity * (colours - grey)
     lines = (on_row_edge[:, None] | on_column_edge)[..., None]
     painted = np.where(lines, painted + _GRID_LINE * (255 - painted), painted)
-    return Image.fromarray(np.where(covered, painted, grey * 0.35).astype(np.uint8))
+    return Image.fromarray(np.where(covered, painted, dim).astype(np.uint8))
 
 
 def _cell_of_pixels(
