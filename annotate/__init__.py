@@ -2,18 +2,19 @@
 
 The main path, in the order of the data:
 
-images.py, samples.py, folders.py   find image shards (WebDataset tars, ImageFolder trees) and read their samples
-decode.py                           encoded bytes -> upright RGB -> the teacher's input size, and the view it shows
-ahead.py                            decoding in threads ahead of the teacher, bounded in bytes
-specs.py, members.py, cells.py      which timm model, its weights, and its head applied at every cell
-teachers.py, topk.py                one model or several: uint8 images -> k best classes, scores and tail per cell
-shard.py                            one shard from start to finish: decode ahead, run the teacher, write
-ledger.py, schedule.py, progress.py many shards: here, through Ray, or as one part of a job array
+images.py, samples.py, folders.py    find image shards (WebDataset tars, ImageFolder trees) and read their samples
+decode.py                            encoded bytes -> upright RGB -> the teacher's input size, and the view it shows
+ahead.py                             decoding in threads ahead of the teacher, bounded in bytes
+specs.py, weights.py                 which timm model, and where its weights come from
+cells.py, members.py                 its head applied at every cell of its feature map; its normalisation
+teachers.py, topk.py                 one model or several: uint8 images -> k best classes, scores and tail per cell
+shard.py                             one shard from start to finish: decode ahead, run the teacher, write
+ledger.py, schedule.py, progress.py  many shards: here, through Ray, or as one part of a job array
 
 Beside it:
 
-recompute.py                        labels a few images again, for `tokenlabels verify --recompute`
-published*.py                       the layout that others publish, in and out
-scenes.py, textures.py, demo*.py    generated images with known truth, a small teacher for them, the demo
-bench.py, bench_store.py            the project's figures
+recompute.py                         labels a few images again, for `tokenlabels verify --recompute`
+published*.py                        the layout that others publish, in and out
+scenes.py, textures.py, demo*.py     generated images with known truth, a small teacher for them, the demo
+bench.py, bench_store.py             the project's figures
 """

@@ -6,6 +6,7 @@ that dies takes nothing with it but the time since its last commit: its shard go
 
 import copy
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 import torch
 
@@ -23,6 +25,7 @@ from annotate.teachers import Teacher, TeacherSpec, load_teacher
 from tokenlabels.store import DiskFullError, LabelSet, ShardBusyError, create_label_set
 
 ACTOR_START_SECONDS = 900
+REACH_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ def _start_ray(ray: Any, address: str | None) -> None:
     options |= {"address": address} if address else {"include_dashboard": False}
     for is_last in (False, True):
         try:
+            _require_listener(address)
             ray.init(**options)
         except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
             ray.shutdown()
@@ -193,6 +197,13 @@ def _start_ray(ray: Any, address: str | None) -> None:
                 raise RunStoppedError(f"{where}: {error}. `--backend inline` needs no Ray.") from error
         else:
             return
+
+
+def _require_listener(address: str | None) -> None:
+    """Raise OSError where nobody listens: Ray itself goes on trying to connect for a quarter of an hour."""
+    place = urlsplit(address if address and "://" in address else f"//{address or ''}")
+    if place.port is not None:  # not "auto", which Ray looks up
+        socket.create_connection((place.hostname, place.port), timeout=REACH_SECONDS).close()
 
 
 class _Worker:

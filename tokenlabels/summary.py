@@ -1,5 +1,7 @@
 """What `tokenlabels inspect` prints: a label set, or one map, as a dataclass."""
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -161,7 +163,7 @@ def describe_teacher(store: "LabelStore") -> str:
 
 def num_distinct_classes(maps: ScoreMaps) -> NDArray[np.int64]:
     """Different classes stored anywhere in each map, int64 [n]."""
-    ids = np.sort(maps.classes.reshape(len(maps), -1), axis=1)
+    ids = np.sort(maps.classes.reshape(len(maps), math.prod(maps.classes.shape[1:])), axis=1)
     return np.asarray(1 + (ids[:, 1:] != ids[:, :-1]).sum(axis=1), dtype=np.int64)
 
 
@@ -197,4 +199,5 @@ def _shown(value: Any) -> str:
 
 def as_json(summary: StoreSummary | MapSummary) -> dict[str, Any]:
     """The summary as plain JSON types; NaN, which JSON lacks, becomes None."""
-    return {name: None if value != value else value for name, value in asdict(summary).items()}
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(summary)), parse_constant=lambda _: None)
+    return plain

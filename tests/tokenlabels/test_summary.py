@@ -209,7 +209,7 @@ class TestMap:
     def test_padding_does_not_count(self) -> None:
         # Twice as wide as high: the image is the middle half of the canvas.
         view = view_letterbox(80, 40, (4, 4))
-        rows = [[(8, 0.5, 0.25)] * 4, [(1, 0.5, 0.125)] * 4, [(2, 0.5, 0.375)] * 4, [(8, 0.5, 0.25)] * 4]
+        rows = [[(8, 0.5, 0.25)] * 4, [(1, 0.75, 0.125)] * 4, [(2, 0.5, 0.375)] * 4, [(8, 0.5, 0.25)] * 4]
         summary = summarise_map(map_of(rows, view), None)
         assert [(share.class_id, share.share_of_cells) for share in summary.classes] == [(1, 0.5), (2, 0.5), (0, 0.0)]
         assert (summary.num_distinct_classes, summary.tail_mean) == (3, 0.25)

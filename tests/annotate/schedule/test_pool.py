@@ -4,6 +4,7 @@ What Ray itself does is in test_ray.py. Here are the events that cannot be had f
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -298,11 +299,36 @@ def test_a_start_that_fails_twice_is_an_error(start: Callable[..., Any]) -> None
         pass
 
 
-def test_a_cluster_that_is_not_there_is_asked_once(start: Callable[..., Any]) -> None:
-    fake = FakeStart([ConnectionError("refused")])
-    with pytest.raises(RunStoppedError, match="cannot join the Ray cluster at head:1: refused"), start(fake, "head:1"):
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Where somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_cluster_that_cannot_be_joined_is_asked_once(start: Callable[..., Any], address: str) -> None:
+    fake = FakeStart([ConnectionError("no cluster")])
+    message = f"cannot join the Ray cluster at {address}: no cluster"
+    with pytest.raises(RunStoppedError, match=message), start(fake, address):
         pass
-    assert [options["address"] for options in fake.inits] == ["head:1"]
+    assert [options["address"] for options in fake.inits] == [address]
+
+
+@pytest.mark.parametrize("spelling", ["{}", "ray://{}"])
+def test_ray_is_not_asked_where_nobody_listens(spelling: str, start: Callable[..., Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = spelling.format(f"127.0.0.1:{listener.getsockname()[1]}")
+    fake = FakeStart([])
+    message = f"cannot join the Ray cluster at {address}: .*Connection refused"
+    with pytest.raises(RunStoppedError, match=message), start(fake, address):
+        pass
+    assert fake.inits == []
+
+
+def test_ray_looks_for_a_cluster_on_this_machine_itself(start: Callable[..., Any]) -> None:
+    fake = FakeStart([])
+    with start(fake, "auto"):
+        assert [options["address"] for options in fake.inits] == ["auto"]
 
 
 def test_a_ray_that_runs_already_is_joined_and_kept(start: Callable[..., Any]) -> None:
@@ -314,7 +340,7 @@ def test_a_ray_that_runs_already_is_joined_and_kept(start: Callable[..., Any]) -
 
 @pytest.mark.parametrize(
     ("address", "chosen", "expected"),
-    [(None, None, "disabled"), (None, "token", "token"), ("head:1", None, None)],
+    [(None, None, "disabled"), (None, "token", "token"), ("auto", None, None)],
     ids=["local", "local, chosen by the user", "joined"],
 )
 def test_ray_is_told_to_need_no_token_only_where_it_is_started_here(

@@ -24,6 +24,15 @@ def test_replaced_files_hold_the_new_content(tmp_path: Path) -> None:
         assert [file.name for file in path.parent.iterdir()] == ["record.json"]
 
 
+def test_a_replaced_file_is_flushed_and_then_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    replace_file(tmp_path / "record.json", b"content")
+    temporary, folder = flushed
+    assert temporary.name.startswith(".record.json.tmp-")
+    assert (folder, sorted(folder.iterdir())) == (tmp_path, [tmp_path / "record.json"])
+
+
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
 def test_a_failed_replacement_leaves_the_old_file_alone(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
