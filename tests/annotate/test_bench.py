@@ -93,7 +93,6 @@ class TestBenchAnnotate:
         one_run = [2, 2, 1, 2, 1, 2]
         assert teacher.batch_sizes == one_run * 4
 
-    @pytest.mark.slow
     @pytest.mark.ray
     def test_ray(self, job: Job, scene_tars: Path) -> None:
         assert_finite(bench_ray(find_shards([f"{scene_tars}/*.tar"]), job, rounds=1), rounds=1)

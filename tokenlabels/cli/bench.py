@@ -21,7 +21,7 @@ def bench_annotate(
     ] = None,
     teacher: Annotated[str, typer.Option(help="timm model, with random weights.")] = "tf_efficientnet_b3",
     image_size: Annotated[int | None, typer.Option(help="Side of its input in pixels.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 16,
     device: DeviceOption = "auto",
     rounds: Rounds = 3,
     with_ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Compare Ray workers too.")] = True,

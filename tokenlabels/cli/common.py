@@ -52,10 +52,20 @@ def show_user_errors(command: Callable[Parameters, Result]) -> Callable[Paramete
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return command(*args, **kwargs)
-        except (ValueError, FileNotFoundError) as error:
-            fail(str(error), WRONG_USE)
+        except BrokenPipeError:
+            raise  # the reader of our output is gone, as with `| head`: typer ends quietly
+        except (ValueError, OSError) as error:
+            fail(str(error), _exit_code(error))
 
     return wrapped
+
+
+def _exit_code(error: Exception) -> int:
+    """2 where other arguments would help; 1 where the machine is to blame, as for a full disk or a closed folder."""
+    from tokenlabels.store import DiskFullError
+
+    wrong_use = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+    return WRONG_USE if isinstance(error, wrong_use) and not isinstance(error, DiskFullError) else FOUND
 
 
 def fail(message: str, code: int) -> NoReturn:

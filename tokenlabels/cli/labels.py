@@ -82,7 +82,8 @@ def verify(
         raise typer.Exit(FOUND)
     if not as_json:
         store = open_store(labels)
-        recomputed = f", {recompute} images labelled again" if recompute else ""
+        num_at_hand = sum(len(shard) for shard in store.shards if shard.stem in shards)
+        recomputed = f", {min(recompute, num_at_hand)} images labelled again" if recompute else ""
         typer.echo(f"{labels}: whole. {len(store)} maps in {len(store.shards)} shards{recomputed}")
 
 

@@ -48,7 +48,7 @@ class Recorder:
         self.on_outcome(outcome)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recorder() -> Callable[..., Recorder]:
     """make_recorder(on_outcome=, on_images=) -> Progress that keeps what it is told."""
     return Recorder

@@ -159,6 +159,16 @@ def test_a_missing_array(label_set: Path) -> None:
     assert findings(label_set) == ["b.zarr/tail: no array; annotate this shard again"]
 
 
+def test_keys_of_other_images(label_set: Path, make_maps: MakeMaps, write_shard: WriteShard) -> None:
+    write_shard(label_set, "b", make_maps(5, prefix="other"))
+    (label_set / "b.zarr" / "keys").rename(label_set / "other keys")
+    write_shard(label_set, "b", make_maps(5, prefix="b"))
+    shutil.rmtree(label_set / "b.zarr" / "keys")
+    (label_set / "other keys").rename(label_set / "b.zarr" / "keys")
+    seal_again(label_set)
+    assert findings(label_set) == ["b.zarr/keys: the keys are not those of the manifest"]
+
+
 def test_an_array_of_another_shape(label_set: Path) -> None:
     shutil.rmtree(label_set / "b.zarr" / "scores")
     shutil.copytree(label_set / "a.zarr" / "scores", label_set / "b.zarr" / "scores")
