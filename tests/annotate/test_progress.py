@@ -118,6 +118,7 @@ class TestProgressBar:
     def test_images_count_before_their_shard_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def run(bar: ProgressBar) -> None:
             bar.start(INFO, SHARDS)
+            bar.images(30)
             bar.outcome(report("a", rows=30), settled=True)
             bar.images(16)
             bar.images(4)

@@ -4,7 +4,6 @@ Opening a shard compares every file's size, and the checksum of every metadata f
 themselves carry a crc32c per 256 rows, so that a flipped bit raises when it is read.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,8 +14,8 @@ import numpy as np
 import zarr
 from pydantic import ValidationError
 
-from tokenlabels.store.files import TEMPORARY_MARK
-from tokenlabels.store.layout import ROWS_PER_CHUNK, array_specs
+from tokenlabels.store.files import sha256_of
+from tokenlabels.store.layout import ROWS_PER_CHUNK, ArraySpec, array_specs
 from tokenlabels.store.schema import (
     LABELS_FILE,
     LabelSet,
@@ -114,14 +113,14 @@ class ShardReader:
 
     def __init__(self, labels: Path, stem: str, info: LabelSet) -> None:
         self.stem, self.info = stem, info
-        self.path = shard_path(labels, stem)
-        self.manifest = read_sealed(manifest_path(labels, stem), Manifest)
+        self.path, self._mark = shard_path(labels, stem), manifest_path(labels, stem)
+        self.manifest = read_sealed(self._mark, Manifest)
         if self.manifest.teacher_digest != info.teacher.digest:
             raise LabelStoreError(f"{self.path}: made by another teacher than {labels / LABELS_FILE} names")
         if stem_of(self.manifest.source.name) != stem:
             raise LabelStoreError(f"{self.path}: holds the labels of {self.manifest.source.name}; was it renamed?")
         if not self.path.is_dir():
-            raise LabelStoreError(f"{self.path}: missing, though {manifest_path(labels, stem)} says it is whole")
+            raise LabelStoreError(f"{self.path}: missing, though {self._mark} says it is whole")
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -159,8 +158,8 @@ class ShardReader:
         except ValidationError as error:
             raise LabelStoreError(f"{self.path}: not the attributes of a shard ({error})") from error
 
-    def check_files(self) -> Iterator[tuple[str, str]]:
-        """Compare the files with the manifest: sizes of all, checksums of metadata.
+    def check_files(self, *, checksums: bool = True) -> Iterator[tuple[str, str]]:
+        """Compare the files with the manifest: sizes of all and, with `checksums`, the sha256 of metadata files.
 
         Yields:
             (file relative to the group, problem) for each that differs.
@@ -174,38 +173,44 @@ class ShardReader:
                 continue
             if size_bytes != expected.size_bytes:
                 yield name, f"has {size_bytes} bytes, the manifest says {expected.size_bytes}"
-            elif file.name == "zarr.json" and hashlib.sha256(file.read_bytes()).hexdigest() != expected.sha256:
+            elif checksums and file.name == "zarr.json" and sha256_of(file) != expected.sha256:
                 yield name, "its checksum is not that of the manifest"
 
     @cached_property
     def _group(self) -> zarr.Group:
-        self._require_files()
+        self._require_files(checksums=True)
         return zarr.open_group(self.path, mode="r")
 
-    def _require_files(self) -> None:
-        for name, problem in self.check_files():
-            raise LabelStoreError(f"{self.path / name}: {problem}; annotate this shard again")
+    @cached_property
+    def _arrays(self) -> dict[str, "zarr.Array[Any]"]:
+        return {spec.name: self._open(spec) for spec in array_specs(self.info)}
+
+    def _open(self, spec: ArraySpec) -> "zarr.Array[Any]":
+        array, shape = self._group.get(spec.name), (len(self), *spec.row_shape)
+        if not isinstance(array, zarr.Array):
+            raise self._damaged(spec.name, "no array")
+        if array.shape != shape or (spec.dtype is not str and array.dtype != spec.dtype):
+            problem = f"{array.dtype} {array.shape}, but {LABELS_FILE} asks for {spec.dtype} {shape}"
+            raise self._damaged(spec.name, problem)
+        return array
 
     def _read(self, name: str, rows: slice) -> Any:
+        array = self._arrays[name]
         # zarr gives fill values for a file that went missing, so the files are looked at before every read.
-        self._require_files()
-        array = self._array(name)
+        self._require_files(checksums=False)
         try:
             return np.asarray(array[rows])
         except (ValueError, RuntimeError, OSError) as error:
-            raise LabelStoreError(f"{self.path / name}: damaged ({error}); annotate this shard again") from error
+            raise self._damaged(name, f"damaged ({error})") from error
 
-    def _array(self, name: str) -> "zarr.Array[Any]":
-        [spec] = [spec for spec in array_specs(self.info) if spec.name == name]
-        array, shape = self._group.get(name), (len(self), *spec.row_shape)
-        if not isinstance(array, zarr.Array):
-            raise LabelStoreError(f"{self.path / name}: no array; annotate this shard again")
-        if array.shape != shape or (spec.dtype is not str and array.dtype != spec.dtype):
-            raise LabelStoreError(
-                f"{self.path / name}: {array.dtype} {array.shape}, but {LABELS_FILE} asks for {spec.dtype} {shape}; "
-                "annotate this shard again"
-            )
-        return array
+    def _require_files(self, *, checksums: bool) -> None:
+        for name, problem in self.check_files(checksums=checksums):
+            raise self._damaged(name, problem)
+
+    def _damaged(self, name: str, problem: str) -> LabelStoreError:
+        return LabelStoreError(
+            f"{self.path / name}: {problem}. To make this shard again, remove {self._mark} and annotate once more."
+        )
 
     def _rows(self, rows: slice) -> ScoreMaps:
         names = [spec.name for spec in array_specs(self.info) if spec.name != "keys"]
@@ -236,7 +241,7 @@ class _Places(dict[str, tuple[ShardReader, int]]):
 
 def _refuse_unconfirmed(labels: Path) -> None:
     for group in sorted(labels.glob("*.zarr")):
-        if TEMPORARY_MARK not in group.name and not manifest_path(labels, group.stem).exists():
+        if not manifest_path(labels, group.stem).exists():
             raise LabelStoreError(
                 f"{group}: has no manifest, so an interrupted job left it; run the same annotate command again"
             )

@@ -88,8 +88,8 @@ class LabelSet(Record):
             raise ValueError(f"k={self.k} classes per cell, but there are only {self.num_classes} classes")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
-        if list(self.tars) != sorted(set(self.tars)):
-            raise ValueError("tars must be sorted and distinct")
+        if list(self.tars) != sorted(self.tars) or len({stem_of(tar) for tar in self.tars}) != len(self.tars):
+            raise ValueError("tars must be sorted and name different shards")
         return self
 
     def differences(self, other: "LabelSet") -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabels.store.files import TEMPORARY_MARK, files_below, sha256_of
+from tokenlabels.store.files import files_below, sha256_of
 from tokenlabels.store.reader import ShardReader
 from tokenlabels.store.schema import (
     LABELS_FILE,
@@ -166,7 +166,7 @@ def _strays(labels: Path, info: LabelSet) -> Iterator[Finding]:
     known = {stem_of(tar) for tar in info.tars}
     entries = [*labels.glob("*.zarr"), *(labels / MANIFEST_FOLDER).glob("*.json")]
     for path in sorted(entries):
-        if TEMPORARY_MARK not in path.name and path.stem not in known:
+        if path.stem not in known:
             yield Finding(path, f"belongs to no tar of {LABELS_FILE}")
 
 

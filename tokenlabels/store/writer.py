@@ -44,6 +44,7 @@ from tokenlabels.store.schema import (
     read_sealed,
     seal,
     shard_path,
+    stem_of,
     write_sealed,
 )
 from tokenlabels.types import ScoreMaps, class_dtype
@@ -123,7 +124,7 @@ class ShardWriter:
             LabelStoreError: the maps do not fit the label set, the disk is full, or what was read back differs
                 from what was written. Nothing of the shard is left in any of these cases.
         """
-        self._check(maps)
+        self._check(maps, source)
         final = shard_path(self.labels, self.stem)
         temporary = temporary_sibling(final)
         try:
@@ -160,7 +161,9 @@ class ShardWriter:
             shutil.rmtree(temporary, ignore_errors=True)
         return manifest
 
-    def _check(self, maps: ScoreMaps) -> None:
+    def _check(self, maps: ScoreMaps, source: SourceRecord) -> None:
+        if stem_of(source.name) != self.stem:
+            raise LabelStoreError(f"{shard_path(self.labels, self.stem)}: cannot hold the labels of {source.name}")
         ids = class_dtype(self.info.num_classes)
         if (maps.grid, maps.k, maps.classes.dtype) != (self.info.grid, self.info.k, ids):
             raise LabelStoreError(

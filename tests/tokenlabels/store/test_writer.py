@@ -44,6 +44,19 @@ def test_two_writes_give_the_same_bytes(
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
+def test_the_labels_of_another_tar_are_refused(label_set: Path, make_maps: MakeMaps, make_info: MakeInfo) -> None:
+    with (
+        claim_shard(label_set, "b", make_info()) as writer,
+        pytest.raises(LabelStoreError, match=r"b\.zarr: cannot hold the labels of a\.tar"),
+    ):
+        writer.write(
+            make_maps(5),
+            source=SourceRecord(name="a.tar", size_bytes=1, num_samples=5),
+            image_level=ImageLevelRecord(num_labelled=0, num_agreeing=0),
+            versions={},
+        )
+
+
 def test_the_manifest_says_what_was_written(label_set: Path, write_shard: WriteShard) -> None:
     skipped = SkippedRecord(key="broken", reason="truncated")
     maps = open_store(label_set).shards[1].read()
