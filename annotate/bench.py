@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from annotate.fitted import fitted_images, image_specs
 from annotate.images import ImageShard
 from annotate.ledger import Ledger, ShardFailure
 from annotate.schedule import ActorPool, Job, drain, ray_session, try_shard
-from annotate.shard import ShardReport, annotate_shard, fitted_images, image_specs
+from annotate.shard import ShardReport, annotate_shard
 from annotate.teachers import Teacher
 from tokenlabels.store import LabelSet
 
@@ -122,9 +123,10 @@ class _Silent:
 
 def _ready_batches(shards: Sequence[ImageShard], job: Job, teacher: Teacher) -> Iterator[list[torch.Tensor]]:
     """The batches that annotate_shard makes of these shards, decoded and resized."""
-    specs = image_specs(teacher, job.config.resize)
+    specs, config = image_specs(teacher, job.config.resize), job.config
     for shard in shards:
-        images = [image for image in fitted_images(shard.images(), specs, job.config) if image.problem is None]
+        fitted = fitted_images(shard.images(), specs, num_threads=config.decode_threads, max_bytes=config.queue_bytes)
+        images = [image for image in fitted if image.problem is None]
         for start in range(0, len(images), job.config.batch_size):
             arrays = [image.arrays for image in images[start : start + job.config.batch_size]]
             yield [torch.from_numpy(np.stack(side)) for side in zip(*arrays, strict=True)]

@@ -5,22 +5,19 @@ Nothing here knows of Ray or of other shards.
 
 import platform
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from annotate.ahead import map_ahead
-from annotate.decode import ImageSpec, UndecodableImageError, decode_rgb, fit
+from annotate.fitted import FittedImage, fitted_images, image_specs
 from annotate.images import EncodedImage, ImageShard
-from annotate.teachers import ModelInfo, Teacher, TopK
+from annotate.teachers import Teacher, TopK
 from tokenlabels.doctor import pillow_flavour
 from tokenlabels.geometry import ResizeMode
 from tokenlabels.store import (
@@ -169,45 +166,10 @@ def label_set(teacher: Teacher, config: AnnotateConfig, tars: Iterable[str]) -> 
     )
 
 
-def image_specs(teacher: Teacher, resize: ResizeMode) -> tuple[ImageSpec, ...]:
-    """How images are fitted for each model of the teacher.
-
-    Every model sees the same part of the image, that of the first model's `crop_pct`, because their maps are averaged.
-    """
-    crop_pct = teacher.info.models[0].crop_pct
-    return tuple(
-        ImageSpec(
-            size=model.image_size,
-            interpolation=model.interpolation,
-            resize=resize,
-            crop_pct=crop_pct,
-            fill_rgb=_mean_rgb(model),
-        )
-        for model in teacher.info.models
-    )
-
-
-def _mean_rgb(model: ModelInfo) -> tuple[int, int, int]:
-    """The colour that normalisation turns into zeros."""
-    red, green, blue = (round(255 * value) for value in model.mean)
-    return red, green, blue
-
-
 def library_versions() -> dict[str, str]:
     """Versions of everything that can change a stored bit."""
     names = ("tokenlabels", "torch", "timm", "zarr", "numpy")
     return {"python": platform.python_version(), "pillow": pillow_flavour()} | {name: version(name) for name in names}
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """One image ready for every model of the teacher; `arrays` is empty when there is a `problem`."""
-
-    key: str
-    label: int | None
-    problem: str | None
-    arrays: tuple[NDArray[np.uint8], ...] = ()
-    view: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,31 +179,6 @@ class Labelled:
     maps: ScoreMaps
     skipped: tuple[SkippedRecord, ...]
     image_level: ImageLevelRecord
-
-
-def fitted_images(
-    images: Iterable[EncodedImage], specs: Sequence[ImageSpec], config: AnnotateConfig
-) -> Generator[_Fitted, None, None]:
-    """Decode and resize images in threads ahead of the consumer, in order."""
-    fitted_bytes = sum(3 * spec.size[0] * spec.size[1] for spec in specs)
-    return map_ahead(
-        partial(_fit_all, specs=specs),
-        images,
-        size_of=lambda image: fitted_bytes + len(image.data or b""),
-        num_threads=config.decode_threads,
-        max_bytes=config.queue_bytes,
-    )
-
-
-def _fit_all(image: EncodedImage, specs: Sequence[ImageSpec]) -> _Fitted:
-    if image.data is None:
-        return _Fitted(image.key, image.label, image.problem)
-    try:
-        picture = decode_rgb(image.data)
-    except UndecodableImageError as error:
-        return _Fitted(image.key, image.label, str(error))
-    arrays, views = zip(*(fit(picture, spec) for spec in specs), strict=True)
-    return _Fitted(image.key, image.label, None, arrays, views[0])
 
 
 def label_images(
@@ -254,9 +191,14 @@ def label_images(
     """Run the teacher over `num_samples` encoded images, in memory."""
     rows = _Rows(num_samples, teacher)
     skipped: list[SkippedRecord] = []
-    batch: list[_Fitted] = []
-    specs = image_specs(teacher, config.resize)
-    with closing(fitted_images(images, specs, config)) as fitted:
+    batch: list[FittedImage] = []
+    ahead = fitted_images(
+        images,
+        image_specs(teacher, config.resize),
+        num_threads=config.decode_threads,
+        max_bytes=config.queue_bytes,
+    )
+    with closing(ahead) as fitted:
         for image in fitted:
             if image.problem is not None:
                 skipped.append(SkippedRecord(key=image.key, reason=image.problem))
@@ -285,7 +227,7 @@ class _Rows:
         self._keys: list[str] = []
         self.labels: list[int | None] = []
 
-    def add(self, batch: Sequence[_Fitted], teacher: Teacher) -> None:
+    def add(self, batch: Sequence[FittedImage], teacher: Teacher) -> None:
         inputs = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*(image.arrays for image in batch), strict=True)]
         best: TopK = teacher(inputs)
         rows = slice(len(self._keys), len(self._keys) + len(batch))

@@ -112,7 +112,7 @@ class TestProgressBar:
             bar.outcome(report("b", rows=500, status="finished before", skipped=SKIPPED[:1]), settled=True)
 
         (line,) = self.shown(run, monkeypatch)
-        for text in ("7x9 cells, top 4", "2/3 shards", "3.0 images/s", "3 skipped"):
+        for text in ("7x9 cells, top 4", "2/3 shards", "  3.0 images/s", "  3 skipped"):
             assert text in line
 
     def test_images_count_before_their_shard_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ class TestProgressBar:
 
         (line,) = self.shown(run, monkeypatch)
         assert "1/3 shards" in line
-        assert "5.0 images/s" in line
+        assert "  5.0 images/s" in line
 
     def test_images_of_an_attempt_that_failed_do_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def run(bar: ProgressBar) -> None:
@@ -135,7 +135,7 @@ class TestProgressBar:
 
         *_, line = self.shown(run, monkeypatch)
         assert "0/3 shards" in line
-        assert "0.0 images/s" in line
+        assert "  0.0 images/s" in line
 
     @pytest.mark.parametrize(
         ("outcome", "settled", "expected"),

@@ -56,11 +56,11 @@ def verify(
 
     shards = {shard.stem: shard for shard in find_shards(images or [])}
     findings: list[Finding] = []
+    unreadable: list[Finding] = []
     with _progress(labels, "checking") as on_shard:
-        checks = verify_store(
-            labels, source_keys=lambda stem: shards[stem].keys() if stem in shards else None, on_shard=on_shard
-        )
+        checks = verify_store(labels, source_keys=_source_keys(shards, unreadable), on_shard=on_shard)
         findings.extend(_shown(checks, as_json))
+    findings.extend(_shown(iter(unreadable), as_json))
     if recompute and not findings:
         if not shards:
             raise ValueError("--recompute needs the images too: --images 'train-*.tar'")
@@ -113,6 +113,20 @@ def inspect(
         typer.echo(json.dumps(asdict(summarise_map(score_map, store.info.class_names)), indent=1))
     else:
         Console().print(block_map(score_map, store.info.class_names))
+
+
+def _source_keys(shards: "dict[str, ImageShard]", unreadable: "list[Finding]") -> "Callable[[str], list[str] | None]":
+    """Gives the keys of a shard's images; a damaged tar goes to `unreadable`, so that the others are still compared."""
+    from tokenlabels.store import Finding
+
+    def keys_of(stem: str) -> list[str] | None:
+        try:
+            return shards[stem].keys() if stem in shards else None
+        except (ValueError, OSError) as error:
+            unreadable.append(Finding(Path(shards[stem].path), f"cannot be compared with its labels ({error})"))
+            return None
+
+    return keys_of
 
 
 def _recomputed(

@@ -50,6 +50,12 @@ class BuggyShard(TarShard):
         raise ZeroDivisionError
 
 
+class Tenant:
+    """Somebody else on the cluster."""
+
+    def ready(self) -> None: ...
+
+
 @pytest.fixture
 def cluster(ray_cluster: Any) -> Iterator[Any]:
     """The session's Ray, which can be sent the shards of this module: no worker could import them."""
@@ -151,3 +157,22 @@ def test_more_workers_than_cpus_are_refused(
     message = f"{num_cpus + 1} workers need a CPU each; the Ray cluster has {num_cpus}"
     with pytest.raises(RunStoppedError, match=message):
         run_ray(shards, job, make_recorder(), num_workers=num_cpus + 1, address=None)
+
+
+def test_a_worker_that_finds_no_room_holds_nothing_up(
+    cluster: Any,
+    job: Job,
+    shards: list[ImageShard],
+    make_recorder: MakeRecorder,
+    contents: Contents,
+    undisturbed: dict[str, bytes],
+) -> None:
+    num_cpus = int(cluster.cluster_resources()["CPU"])
+    taken = cluster.remote(Tenant).options(num_cpus=num_cpus - 1).remote()
+    cluster.get(taken.ready.remote())
+    try:
+        report = run_ray(shards, job, make_recorder(), num_workers=2, address=None)
+    finally:
+        cluster.kill(taken)
+    assert (report.num_images, report.failures) == (10, [])
+    assert contents(job.labels) == undisturbed

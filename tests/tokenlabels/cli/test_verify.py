@@ -76,6 +76,20 @@ def test_other_images_are_found_out(run: Run, labels: Path, tars: Path, tmp_path
     assert "keys are not those of scenes-0001.tar: 5 without labels, 3 unknown" in result.stdout
 
 
+def test_a_damaged_tar_is_a_finding_and_the_other_shards_are_checked(
+    run: Run, labels: Path, tars: Path, damaged_file: Path, tmp_path: Path
+) -> None:
+    images = Path(shutil.copytree(tars, tmp_path / "images"))
+    tar = images / "scenes-0000.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    result = run("verify", labels, "--images", f"{images}/*.tar")
+    assert result.exit_code == 1
+    of_shard, of_tar, last = result.stdout.splitlines()
+    assert of_shard.startswith(f"{damaged_file}: ")
+    assert of_tar.startswith(f"{tar}: cannot be compared with its labels (")
+    assert last == f"{labels}: 2 findings"
+
+
 def test_what_is_no_label_set(run: Run, tmp_path: Path) -> None:
     result = run("verify", tmp_path)
     assert result.exit_code == 1
