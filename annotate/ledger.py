@@ -9,7 +9,7 @@ from annotate.images import ImageShard
 from annotate.shard import ShardReport
 
 MAX_ATTEMPTS = 3
-FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
+FIRST_BACKOFF_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Ledger:
     """Shards in order, each handed out to one worker at a time until it is done or failed for good.
 
     A shard that another process is writing goes to the end and is then waited for. A shard that failed for a passing
-    reason is tried again, up to `MAX_ATTEMPTS` times, after a growing pause.
+    reason is tried again after a pause, which doubles, until it failed `MAX_ATTEMPTS` times.
     """
 
     def __init__(self, shards: Iterable[ImageShard], *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -112,7 +112,7 @@ class Ledger:
             return False
         entry.attempts += 1
         if outcome.kind == "transient" and entry.attempts < MAX_ATTEMPTS:
-            pause_seconds = min(FIRST_BACKOFF_SECONDS * 2 ** (entry.attempts - 1), MAX_BACKOFF_SECONDS)
+            pause_seconds = FIRST_BACKOFF_SECONDS * 2 ** (entry.attempts - 1)
             entry.ready_at_seconds = self._clock() + pause_seconds
             self._waiting.append(entry)
             return False

@@ -77,7 +77,7 @@ class ShardReport:
         rows: images with labels.
         skipped: images without, and why.
         size_bytes: bytes on disk.
-        seconds: time from claim to commit.
+        seconds: time it took, waiting for another process included.
         redone: why labels that were there had to be made again, or None.
     """
 

@@ -34,7 +34,8 @@ class StoreSummary:
         bytes_per_image: `size_bytes` over `num_images`.
         distinct_classes_median: median over images of the number of different classes in a map.
         distinct_classes_p99: 99th percentile of the same.
-        tail_mean: softmax mass of the classes that are not stored, mean over all cells.
+        tail_mean: softmax mass of the classes that are not stored, mean over all cells, letterbox padding
+            included.
         num_labelled: labelled images whose data set gives a class (`cls`).
         image_level_agreement: share of those whose most probable class over the whole map is that class, or None.
     """

@@ -12,7 +12,6 @@ from annotate.images import TarShard
 from annotate.ledger import (
     FIRST_BACKOFF_SECONDS,
     MAX_ATTEMPTS,
-    MAX_BACKOFF_SECONDS,
     Ledger,
     RunReport,
     RunStoppedError,
@@ -22,6 +21,8 @@ from annotate.shard import ShardReport
 from tokenlabels.store import SkippedRecord
 
 Kind = Literal["busy", "transient", "final", "fatal"]
+
+LONGEST_PAUSE_SECONDS = FIRST_BACKOFF_SECONDS * 2 ** (MAX_ATTEMPTS - 1)
 
 
 @dataclass
@@ -96,7 +97,7 @@ class TestFinal:
         ledger = ledger_of("a", clock)
         take(ledger)
         assert not ledger.record(failed("a", "transient"))
-        clock.seconds += MAX_BACKOFF_SECONDS
+        clock.seconds += LONGEST_PAUSE_SECONDS
         take(ledger)
         assert ledger.record(failed("a", "final"))
         assert ledger.result.failures == [failed("a", "final")]
@@ -109,11 +110,11 @@ class TestTransient:
             assert take(ledger) == ("a", False)
             is_last = attempt == MAX_ATTEMPTS - 1
             assert ledger.record(failed("a", "transient")) == is_last
-            clock.seconds += MAX_BACKOFF_SECONDS
+            clock.seconds += LONGEST_PAUSE_SECONDS
         assert not ledger
         assert ledger.result.failures == [failed("a", "transient")]
 
-    def test_the_pause_doubles_up_to_a_limit(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_pause_doubles(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ledger_module, "MAX_ATTEMPTS", 10)
         ledger = ledger_of("a", clock)
         pauses = []
@@ -125,8 +126,7 @@ class TestTransient:
             assert take(ledger) is None
             clock.seconds += 0.25
         doubled = [FIRST_BACKOFF_SECONDS * 2**number for number in range(9)]
-        assert pauses == [min(pause, MAX_BACKOFF_SECONDS) for pause in doubled]
-        assert pauses[-1] == MAX_BACKOFF_SECONDS
+        assert pauses == doubled
 
     def test_others_do_not_wait_for_the_pause(self, clock: Clock) -> None:
         ledger = ledger_of("abc", clock)
@@ -141,7 +141,7 @@ class TestTransient:
             take(ledger)
             assert not ledger.record(failed("a", "transient"))
             assert not ledger.record(failed("b", "transient"))
-            clock.seconds += MAX_BACKOFF_SECONDS
+            clock.seconds += LONGEST_PAUSE_SECONDS
         assert {take(ledger), take(ledger)} == {("a", False), ("b", False)}
         assert ledger.record(done("a"))
         assert ledger.record(failed("b", "transient"))
@@ -162,7 +162,7 @@ class TestBusy:
         for _ in range(MAX_ATTEMPTS - 1):
             assert take(ledger) == ("a", True)
             assert not ledger.record(failed("a", "transient"))
-            clock.seconds += MAX_BACKOFF_SECONDS
+            clock.seconds += LONGEST_PAUSE_SECONDS
         assert take(ledger) == ("a", True)
         assert ledger.record(done("a"))
 
@@ -172,7 +172,7 @@ class TestBusy:
         take(ledger)
         ledger.record(failed("a", "busy"))
         ledger.record(failed("b", "transient"))
-        clock.seconds += MAX_BACKOFF_SECONDS
+        clock.seconds += LONGEST_PAUSE_SECONDS
         assert [take(ledger), take(ledger)] == [("b", False), ("a", True)]
 
 
@@ -239,7 +239,7 @@ def test_every_run_ends_with_every_shard_settled_once(
             assert num_handed_out <= len(fates) * (MAX_ATTEMPTS + 1), "a run without end"
         assert len({stem for stem, _ in at_work}) == len(at_work), "two workers have the same shard"
         if not at_work:
-            assert 0 < ledger.seconds_until_ready() <= MAX_BACKOFF_SECONDS
+            assert 0 < ledger.seconds_until_ready() <= LONGEST_PAUSE_SECONDS
             clock.seconds += ledger.seconds_until_ready()
             continue
         stem, wait = at_work.pop(returns.randrange(len(at_work)))

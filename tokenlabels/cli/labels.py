@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,7 +109,7 @@ def inspect(
         raise ValueError(f"{labels} has no labels for {key!r}; its keys look like {example!r}")
     score_map = store[key]
     if as_json:
-        typer.echo(json.dumps(asdict(summarise_map(score_map, store.info.class_names)), indent=1))
+        typer.echo(json.dumps(to_json(summarise_map(score_map, store.info.class_names)), indent=1))
     else:
         Console().print(block_map(score_map, store.info.class_names))
 

@@ -16,6 +16,7 @@ from tokenlabels.store.files import replace_file
 FORMAT_VERSION: Final = 1
 LABELS_FILE = "labels.json"
 MANIFEST_FOLDER = "manifest"
+MAX_SHOWN_LETTERS = 120
 
 AnyRecord = TypeVar("AnyRecord", bound="Record")
 
@@ -96,7 +97,7 @@ class LabelSet(Record):
         """Fields, tars apart, in which two sets differ, as "field: mine != other" lines."""
         mine, others = (_flatten(record.model_dump(mode="json", exclude={"tars"})) for record in (self, other))
         return [
-            f"{field}: {mine.get(field, 'absent')} != {others.get(field, 'absent')}"
+            f"{field}: {_shortened(mine.get(field, 'absent'))} != {_shortened(others.get(field, 'absent'))}"
             for field in sorted(mine.keys() | others.keys())
             if mine.get(field, "absent") != others.get(field, "absent")
         ]
@@ -223,6 +224,12 @@ def read_sealed(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     if not unchanged:
         raise LabelStoreError(f"{path}: damaged or edited by hand (its sha256 does not match its content)")
     return record
+
+
+def _shortened(value: object) -> str:
+    """A thousand class names would bury the other lines."""
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN_LETTERS else f"{text[:MAX_SHOWN_LETTERS]}..."
 
 
 def _flatten(value: object, prefix: str = "") -> dict[str, object]:
