@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 
 from annotate.images import ImageShard
-from annotate.ledger import Ledger, RunReport, RunStoppedError, ShardFailure
+from annotate.ledger import MAX_ATTEMPTS, Ledger, RunReport, RunStoppedError, ShardFailure
 from annotate.shard import AnnotateConfig, ShardReport, annotate_shard, label_set
 from annotate.teachers import Teacher, TeacherSpec, load_teacher
 from tokenlabels.store import DiskFullError, LabelSet, ShardBusyError, create_label_set
@@ -225,7 +225,11 @@ class _Worker:
 
 
 class ActorPool:
-    """Actors with at most one shard each; one that dies is replaced, and its shard reported as failed."""
+    """Actors with at most one shard each; one that dies is replaced, and its shard reported as failed.
+
+    Shards go to actors that have loaded their teacher. One that finds no room on the cluster, because others hold it
+    or a machine is gone, waits for room and holds nothing up.
+    """
 
     def __init__(self, ray: Any, job: Job, num_workers: int | None) -> None:
         resource = "GPU" if job.device == "cuda" else "CPU"
@@ -238,22 +242,21 @@ class ActorPool:
         self._ray, self._job = ray, job
         # A worker that Ray kills because memory runs low is dead too, but Ray has another error for it.
         self._deaths = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-        self._idle = [self._new_actor() for _ in range(num_workers)]
+        self._starting: dict[Any, Any] = {}
+        self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, ImageShard]] = {}
+        self._num_failed_starts = 0
+        for _ in range(num_workers):
+            self._start_actor()
 
     def describe(self) -> LabelSet:
-        """What the first actor says of its teacher: a label set without tars."""
-        error = self._ray.exceptions
-        try:
-            info: LabelSet = self._ray.get(self._idle[0].describe.remote(), timeout=ACTOR_START_SECONDS)
-        except error.RayTaskError as failure:
-            # The worker's own error (an unknown name, a missing checkpoint) says more than Ray's wrapping of it.
-            raise failure.cause from None
-        except error.GetTimeoutError as failure:
-            raise RunStoppedError(f"no Ray worker was ready after {ACTOR_START_SECONDS} s") from failure
-        except self._deaths as failure:
-            raise RunStoppedError(f"a Ray worker died while it loaded the teacher: {failure}") from failure
-        return info
+        """What the first actor that is ready says of its teacher: a label set without tars."""
+        while True:
+            ready, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=ACTOR_START_SECONDS)
+            if not ready:
+                raise RunStoppedError(f"no Ray worker was ready after {ACTOR_START_SECONDS} s")
+            if info := self._welcome(ready[0]):
+                return info
 
     def has_idle(self) -> bool:
         return bool(self._idle)
@@ -265,27 +268,57 @@ class ActorPool:
     def wait(self, *, timeout_seconds: float) -> Iterator[ShardReport | ShardFailure]:
         """Outcomes of actors that are done; waits for one, or for the time given if an actor is idle until then."""
         timeout = None if not self._idle or timeout_seconds == float("inf") else timeout_seconds
-        if not self._busy:
+        pending = [*self._starting, *self._busy]
+        if not pending:
             time.sleep(timeout or 0)
             return
-        done, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=timeout)
+        done, _ = self._ray.wait(pending, num_returns=1, timeout=timeout)
         for reference in done:
-            actor, shard = self._busy[reference]
-            try:
-                outcome: ShardReport | ShardFailure = self._ray.get(reference)
-            except self._deaths as error:
-                actor = self._new_actor()
-                reason = f"the worker died in mid-shard ({str(error).splitlines()[0]})"
-                outcome = ShardFailure(shard.stem, reason, "transient")
-            del self._busy[reference]
-            self._idle.append(actor)
-            yield outcome
+            if reference in self._starting:
+                self._welcome(reference)
+            else:
+                yield self._outcome(reference)
 
     def kill(self) -> None:
-        for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
+        busy = [actor for actor, _ in self._busy.values()]
+        for actor in [*self._starting.values(), *self._idle, *busy]:
             self._ray.kill(actor)
 
-    def _new_actor(self) -> Any:
+    def _start_actor(self) -> None:
         # No restarts or retries by Ray: a task that Ray runs again on its own would run twice.
         options = {"num_cpus": 1, "num_gpus": int(self._job.device == "cuda"), "max_restarts": 0, "max_task_retries": 0}
-        return self._ray.remote(_Worker).options(**options).remote(self._job)
+        actor = self._ray.remote(_Worker).options(**options).remote(self._job)
+        self._starting[actor.describe.remote()] = actor
+
+    def _welcome(self, reference: Any) -> LabelSet | None:
+        """Take an actor that has loaded its teacher into service, or replace one that died of it."""
+        try:
+            info: LabelSet = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as failure:
+            # The worker's own error (an unknown name, a missing checkpoint) says more than Ray's wrapping of it.
+            raise failure.cause from None
+        except self._deaths as failure:
+            del self._starting[reference]
+            self._num_failed_starts += 1
+            if self._num_failed_starts == MAX_ATTEMPTS:
+                raise RunStoppedError(
+                    f"{MAX_ATTEMPTS} Ray workers died while they loaded the teacher: {failure}"
+                ) from failure
+            self._start_actor()
+            return None
+        self._num_failed_starts = 0
+        self._idle.append(self._starting.pop(reference))
+        return info
+
+    def _outcome(self, reference: Any) -> ShardReport | ShardFailure:
+        actor, shard = self._busy[reference]
+        try:
+            outcome: ShardReport | ShardFailure = self._ray.get(reference)
+        except self._deaths as error:
+            reason = f"the worker died in mid-shard ({str(error).splitlines()[0]})"
+            outcome = ShardFailure(shard.stem, reason, "transient")
+            self._start_actor()
+        else:
+            self._idle.append(actor)
+        del self._busy[reference]
+        return outcome

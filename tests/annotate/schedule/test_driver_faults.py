@@ -21,7 +21,8 @@ from annotate.schedule import Job, run_inline
 from annotate.shard import AnnotateConfig
 from annotate.specs import TeacherSpec
 from tokenlabels.store import manifest_path, shard_path, verify_store
-from tokenlabels.store.files import TEMPORARY_MARK
+from tokenlabels.store.files import TEMPORARY_MARK, file_lock
+from tokenlabels.store.writer import LOCK_FOLDER
 
 MakeRecorder = Callable[..., Any]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -93,8 +94,12 @@ def finished_stems(labels: Path) -> set[str]:
     return {stem for stem in STEMS if manifest_path(labels, stem).exists()}
 
 
-def assert_absent_or_whole(labels: Path, found: dict[str, bytes], whole: dict[str, bytes]) -> None:
+def assert_absent_or_whole(labels: Path, contents: Contents, whole: dict[str, bytes]) -> None:
     """Shards with a manifest are, file for file, those of `whole`, and `verify_store` misses the others only."""
+    for stem in STEMS:
+        with file_lock(labels / LOCK_FOLDER / stem, wait=True):
+            pass  # Ray takes a moment to end the workers of a dead driver
+    found = contents(labels)
     for stem in finished_stems(labels):
         files = (f"{stem}.zarr/", f"manifest/{stem}.json")
         assert {name: found[name] for name in found if name.startswith(files)} == {
@@ -129,7 +134,7 @@ def test_a_killed_driver_costs_nothing(
         process.kill()
         process.communicate()
         num_killed_at_work += finished_stems(labels) != {*STEMS}
-        assert_absent_or_whole(labels, contents(labels), whole)
+        assert_absent_or_whole(labels, contents, whole)
     assert num_killed_at_work > 0
 
     before = finished_stems(labels)
@@ -181,11 +186,10 @@ def test_control_c_leaves_whole_shards_and_says_how_to_go_on(
     assert process.returncode == 130
     message = f"stopped. Finished shards in {labels} are whole; the same command goes on from there."
     assert message in (tmp_path / "stderr").read_text()
-    left = contents(labels)
     assert finished_stems(labels)
-    assert_absent_or_whole(labels, left, whole)
+    assert_absent_or_whole(labels, contents, whole)
     if not options:
-        assert not [name for name in left if TEMPORARY_MARK in name]
+        assert not [name for name in contents(labels) if TEMPORARY_MARK in name]
 
     finish(start())
     assert contents(labels) == whole

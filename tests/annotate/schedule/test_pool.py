@@ -1,12 +1,9 @@
-"""The pool of Ray actors on a Ray that is played in this process, and how Ray is started, joined and left.
+"""The pool of Ray actors, on a Ray that is played in this process: events that cannot be had from Ray on demand.
 
-What Ray itself does is in test_ray.py. Here are the events that cannot be had from it on demand.
+What Ray itself does is in test_ray.py.
 """
 
-import os
-import socket
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +16,7 @@ from ray import exceptions
 from annotate import schedule
 from annotate.images import ImageShard
 from annotate.ledger import MAX_ATTEMPTS, RunStoppedError, ShardFailure
-from annotate.schedule import Job, ray_session, run_ray
+from annotate.schedule import Job, run_ray
 from annotate.shard import ShardReport
 
 MakeRecorder = Callable[..., Any]
@@ -35,44 +32,47 @@ DEATHS = {
 
 
 @dataclass(eq=False)
+class FakeTask:
+    """Runs when its result is asked for. `name` is a stem, or "describe"."""
+
+    name: str
+    run: Callable[[], Any]
+    has_room: bool
+
+
+@dataclass(eq=False)
 class FakeActor:
-    """Runs the worker in this process; `deaths` are what its next tasks of a shard end with."""
+    """Runs its worker in this process, if it `has_room`."""
 
     worker: Any
-    deaths: dict[str, list[Exception]]
+    has_room: bool
 
     @property
     def describe(self) -> Any:
-        return SimpleNamespace(remote=lambda: self._task("describe", self.worker.describe))
+        return SimpleNamespace(remote=lambda: FakeTask("describe", lambda: self.worker.describe(), self.has_room))
 
     @property
     def annotate(self) -> Any:
         return SimpleNamespace(
-            remote=lambda shard, wait: self._task(shard.stem, lambda: self.worker.annotate(shard, wait))
+            remote=lambda shard, wait: FakeTask(shard.stem, lambda: self.worker.annotate(shard, wait), self.has_room)
         )
-
-    def _task(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-        def result() -> Any:
-            if self.deaths.get(name):
-                raise self.deaths[name].pop(0)
-            return run()
-
-        return result
 
 
 @dataclass
 class FakeRay:
-    """As much of Ray as the pool uses. A task runs when its result is asked for.
+    """As much of Ray as the pool uses.
 
     Attributes:
-        resources: of the cluster.
-        deaths: by stem, or "describe": the errors that the tasks end with, one after the other.
+        resources: of the cluster, all told.
+        num_with_room: actors that find room; those that come later never start.
+        deaths: by name of the task: the errors that such tasks end with, one after the other.
         actors, killed: all that were made, and killed by the pool.
         options: of the last actor.
-        num_in_flight: of each wait.
+        num_in_flight: shards in work at each wait.
     """
 
     resources: Mapping[str, float] = field(default_factory=lambda: {"CPU": 4.0})
+    num_with_room: int = 100
     deaths: dict[str, list[Exception]] = field(default_factory=dict)
     actors: list[FakeActor] = field(default_factory=list)
     killed: list[FakeActor] = field(default_factory=list)
@@ -85,7 +85,7 @@ class FakeRay:
 
     def remote(self, worker: Callable[[Job], Any]) -> Any:
         def make(job: Job) -> FakeActor:
-            self.actors.append(FakeActor(worker(job), self.deaths))
+            self.actors.append(FakeActor(worker(job), len(self.actors) < self.num_with_room))
             return self.actors[-1]
 
         def with_options(**options: Any) -> Any:
@@ -94,12 +94,18 @@ class FakeRay:
 
         return SimpleNamespace(options=with_options)
 
-    def get(self, task: Callable[[], Any], **_: object) -> Any:
-        return task()
+    def get(self, task: FakeTask) -> Any:
+        if self.deaths.get(task.name):
+            raise self.deaths[task.name].pop(0)
+        return task.run()
 
-    def wait(self, tasks: Sequence[Any], *, num_returns: int, **_: object) -> tuple[list[Any], list[Any]]:
-        self.num_in_flight.append(len(tasks))
-        return list(tasks[:num_returns]), list(tasks[num_returns:])
+    def wait(
+        self, tasks: Sequence[FakeTask], *, num_returns: int, timeout: float | None
+    ) -> tuple[list[FakeTask], list[FakeTask]]:
+        self.num_in_flight.append(sum(task.name != "describe" for task in tasks))
+        done = [task for task in tasks if task.has_room][:num_returns]
+        assert done or timeout is not None, "this would wait for ever"
+        return done, [task for task in tasks if task not in done]
 
     def kill(self, actor: FakeActor) -> None:
         self.killed.append(actor)
@@ -175,17 +181,51 @@ def test_a_shard_that_kills_every_worker_is_given_up(
     assert sorted(shard.stem for shard in report.reports) == [STEMS[0], STEMS[2]]
 
 
-@pytest.mark.parametrize(
-    "problem", [*DEATHS.values(), exceptions.GetTimeoutError("late")], ids=[*DEATHS, "never ready"]
-)
-def test_a_worker_that_never_gets_ready_stops_the_run(
-    problem: Exception, fake_ray: FakeRay, job: Job, shards: list[ImageShard], make_recorder: MakeRecorder
+@pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS)
+@pytest.mark.parametrize("num_deaths", [1, MAX_ATTEMPTS - 1, MAX_ATTEMPTS])
+def test_a_worker_that_dies_at_the_start_is_replaced_a_few_times(
+    num_deaths: int,
+    death: Exception,
+    fake_ray: FakeRay,
+    job: Job,
+    shards: list[ImageShard],
+    make_recorder: MakeRecorder,
 ) -> None:
-    fake_ray.deaths = {"describe": [problem]}
-    with pytest.raises(RunStoppedError, match=r"died while it loaded the teacher|no Ray worker was ready after"):
+    fake_ray.deaths = {"describe": [death] * num_deaths}
+    if num_deaths < MAX_ATTEMPTS:
+        assert run_ray(shards, job, make_recorder(), num_workers=2, address=None).num_images == 10
+        assert len(fake_ray.actors) == 2 + num_deaths
+    else:
+        with pytest.raises(RunStoppedError, match="3 Ray workers died while they loaded the teacher: "):
+            run_ray(shards, job, make_recorder(), num_workers=2, address=None)
+        assert not job.labels.exists()
+
+
+def test_a_cluster_without_room_stops_the_run(
+    fake_ray: FakeRay, job: Job, shards: list[ImageShard], make_recorder: MakeRecorder
+) -> None:
+    fake_ray.num_with_room = 0
+    with pytest.raises(RunStoppedError, match="no Ray worker was ready after 900 s"):
         run_ray(shards, job, make_recorder(), num_workers=2, address=None)
-    assert len(fake_ray.killed) == 2
+    assert {id(actor) for actor in fake_ray.killed} == {id(actor) for actor in fake_ray.actors}
     assert not job.labels.exists()
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_workers_that_find_no_room_hold_nothing_up(
+    fake_ray: FakeRay,
+    job: Job,
+    shards: list[ImageShard],
+    make_recorder: MakeRecorder,
+    contents: Contents,
+    undisturbed: dict[str, bytes],
+) -> None:
+    fake_ray.num_with_room = 2
+    fake_ray.deaths = {STEMS[1]: [exceptions.ActorDiedError()]}
+    report = run_ray(shards, job, make_recorder(), num_workers=4, address=None)
+    assert (report.num_images, report.failures) == (10, [])
+    assert {id(actor) for actor in fake_ray.killed} >= {id(actor) for actor in fake_ray.actors[2:]}
+    assert contents(job.labels) == undisturbed
 
 
 def test_a_bug_in_a_worker_stays_an_exception_and_no_actor_stays_behind(
@@ -246,108 +286,3 @@ def test_every_gpu_gets_a_worker(fake_ray: FakeRay, job: Job) -> None:
     schedule.ActorPool(fake_ray, replace(job, device="cuda"), None)
     assert len(fake_ray.actors) == 3
     assert fake_ray.options == {"num_cpus": 1, "num_gpus": 1, "max_restarts": 0, "max_task_retries": 0}
-
-
-class FakeStart:
-    """The part of Ray that `ray_session` uses; `problems` are what the next starts end with."""
-
-    def __init__(self, problems: Sequence[Exception], *, running: bool = False) -> None:
-        self.problems, self.running = list(problems), running
-        self.inits: list[dict[str, Any]] = []
-        self.num_shutdowns = 0
-
-    def is_initialized(self) -> bool:
-        return self.running
-
-    def init(self, **options: Any) -> None:
-        self.inits.append(options)
-        if self.problems:
-            raise self.problems.pop(0)
-
-    def shutdown(self) -> None:
-        self.num_shutdowns += 1
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[FakeStart, str | None], Any]]:
-    for name in ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"):
-        monkeypatch.delenv(name, raising=False)
-
-    def use(fake: FakeStart, address: str | None) -> AbstractContextManager[Any]:
-        monkeypatch.setitem(sys.modules, "ray", fake)
-        return ray_session(address)
-
-    before = dict(os.environ)
-    yield use
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def test_a_start_that_fails_once_is_repeated(start: Callable[..., Any]) -> None:
-    fake = FakeStart([RuntimeError("busy")])
-    with start(fake, None) as ray:
-        assert ray is fake
-        assert (len(fake.inits), fake.num_shutdowns) == (2, 1)
-        assert fake.inits[1]["include_dashboard"] is False
-    assert fake.num_shutdowns == 2
-
-
-def test_a_start_that_fails_twice_is_an_error(start: Callable[..., Any]) -> None:
-    fake = FakeStart([RuntimeError("busy"), TimeoutError("still busy")])
-    message = r"Ray does not start here: still busy\. `--backend inline` needs no Ray\."
-    with pytest.raises(RunStoppedError, match=message), start(fake, None):
-        pass
-
-
-@pytest.fixture
-def address() -> Iterator[str]:
-    """Where somebody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-
-
-def test_a_cluster_that_cannot_be_joined_is_asked_once(start: Callable[..., Any], address: str) -> None:
-    fake = FakeStart([ConnectionError("no cluster")])
-    message = f"cannot join the Ray cluster at {address}: no cluster"
-    with pytest.raises(RunStoppedError, match=message), start(fake, address):
-        pass
-    assert [options["address"] for options in fake.inits] == [address]
-
-
-@pytest.mark.parametrize("spelling", ["{}", "ray://{}"])
-def test_ray_is_not_asked_where_nobody_listens(spelling: str, start: Callable[..., Any]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = spelling.format(f"127.0.0.1:{listener.getsockname()[1]}")
-    fake = FakeStart([])
-    message = f"cannot join the Ray cluster at {address}: .*Connection refused"
-    with pytest.raises(RunStoppedError, match=message), start(fake, address):
-        pass
-    assert fake.inits == []
-
-
-def test_ray_looks_for_a_cluster_on_this_machine_itself(start: Callable[..., Any]) -> None:
-    fake = FakeStart([])
-    with start(fake, "auto"):
-        assert [options["address"] for options in fake.inits] == ["auto"]
-
-
-def test_a_ray_that_runs_already_is_joined_and_kept(start: Callable[..., Any]) -> None:
-    fake = FakeStart([], running=True)
-    with start(fake, None):
-        pass
-    assert (fake.inits, fake.num_shutdowns) == ([], 0)
-
-
-@pytest.mark.parametrize(
-    ("address", "chosen", "expected"),
-    [(None, None, "disabled"), (None, "token", "token"), ("auto", None, None)],
-    ids=["local", "local, chosen by the user", "joined"],
-)
-def test_ray_is_told_to_need_no_token_only_where_it_is_started_here(
-    address: str | None, chosen: str | None, expected: str | None, start: Callable[..., Any]
-) -> None:
-    if chosen:
-        os.environ["RAY_AUTH_MODE"] = chosen
-    with start(FakeStart([]), address):
-        assert os.environ.get("RAY_AUTH_MODE") == expected
-        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
