@@ -137,7 +137,10 @@ def _find_local(name: str) -> list[str]:
 
 
 def _find_remote(url: str) -> list[str]:
-    filesystem, path = fsspec.url_to_fs(url)
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"{url!r}: {error}. For s3:// pip install 'tokenlabels[s3]', for hf:// [hub].") from error
     if not has_magic(path):
         return [url] if filesystem.exists(path) else []
     if "::" in url:

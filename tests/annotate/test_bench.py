@@ -190,7 +190,8 @@ class TestBenchStore:
 
     @pytest.mark.slow
     def test_memory_of_a_writer(self, tmp_path: Path) -> None:
-        ratio = bench_store._writer_memory(tmp_path, 128)
-        assert 1 < ratio < math.inf  # the maps themselves are 1
+        ratio = bench_store._writer_memory(tmp_path, 1280)
+        # The maps themselves are 1; memory that the process had freed before may be used again for a part of them.
+        assert 0.5 < ratio < math.inf
         assert list(verify_store(tmp_path / "shard")) == []
-        assert len(open_store(tmp_path / "shard")) == 128
+        assert len(open_store(tmp_path / "shard")) == 1280

@@ -260,3 +260,12 @@ def test_real_tiny_images(tiny_imagenet: Path) -> None:
     assert sum(len(shard.keys()) for shard in shards) == 27_500
     labels = {image.label for image in shards[-1].images()}
     assert labels == set(range(50))
+
+
+def test_a_protocol_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.url_to_fs", missing)
+    with pytest.raises(ValueError, match=r"tokenlabels\[s3\]"):
+        find_shards(["s3://bucket/train-0000.tar"])
