@@ -263,8 +263,8 @@ def test_real_tiny_images(tiny_imagenet: Path) -> None:
 
 
 def test_a_protocol_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-
-
+    def missing(url: str) -> None:
+        raise ImportError(f"Install s3fs to access {url}")
 
     monkeypatch.setattr("fsspec.url_to_fs", missing)
     with pytest.raises(ValueError, match=r"tokenlabels\[s3\]"):
