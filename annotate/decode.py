@@ -2,9 +2,9 @@
 
 Decoding is Pillow's, by content and not by name. What can be decoded is, in one defined way:
 
-* The orientation in the image's EXIF block is applied (a TIFF's own tag too). Whoever joins labels and images has to
-  do the same (`PIL.ImageOps.exif_transpose`, torchvision's `apply_exif_orientation`), or they do not lie on each other.
-  One that is written in XMP alone is not applied.
+* The orientation in the image's EXIF block is applied (a TIFF's own tag too); one that is written in XMP or in a PNG's
+  text alone is not. Whoever joins labels and images has to do the same, or they do not lie on each other:
+  torchvision's `apply_exif_orientation` does, and `PIL.ImageOps.exif_transpose` does wherever EXIF has it.
 * Greyscale, palette, CMYK, YCCK, LAB and the rest become RGB. Transparency is dropped, as torchvision's default loader
   does: hidden colours show.
 * Greyscale of 16 bits keeps its high byte, as Pillow does for colour of 16 bits. 32-bit integers and floats

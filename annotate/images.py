@@ -5,8 +5,8 @@ a tar's headers are read when a shard is first asked what it holds. Whatever kee
 `problem`, so that nothing is left out in silence; whatever makes a shard as a whole unusable is an error.
 
 The label of a tar's sample is its `cls` file, an integer in ASCII, or without one the integer "label" of its `json`.
--1 means no label, as in unlabelled test sets. A `cls` that is no integer, or a `json` that is no JSON, is a problem of
-the sample. A "label" of another kind is someone's own field and means no label.
+-1 means no label, as in unlabelled test sets, and so does anything else: teachers do not need the label, and a `cls`
+may be a word. Manifests count the images that have one.
 """
 
 import glob
@@ -162,14 +162,13 @@ def _read_sample(reader: TarReader, sample: TarSample) -> EncodedImage:
     wanted = [sample.members[extension] for extension in (image_extension, label_extension) if extension]
     # In the order of the tar: a remote file is read ahead, and going back would fetch it again.
     data = {member: reader.read(member) for member in sorted(wanted, key=lambda member: member.offset)}
-    label, problem = None, None
+    label = None
     if label_extension:
         parse = _label_of_cls if label_extension == "cls" else _label_of_json
-        label, problem = parse(data[sample.members[label_extension]])
+        label = parse(data[sample.members[label_extension]])
     if not image_extension:
         has = ", ".join(sorted(sample.members))
         problem = f"no image member (has {has}; images are {', '.join(TAR_IMAGE_EXTENSIONS)})"
-    if problem or not image_extension:
         return EncodedImage(sample.key, None, label, problem)
     return EncodedImage(sample.key, data[sample.members[image_extension]], label, None)
 
@@ -178,20 +177,18 @@ def _first_of(extensions: Sequence[str], sample: TarSample) -> str | None:
     return next((extension for extension in extensions if extension in sample.members), None)
 
 
-def _label_of_cls(text: bytes) -> tuple[int | None, str | None]:
+def _label_of_cls(text: bytes) -> int | None:
     match = _CLASS_INDEX.fullmatch(text)
-    if match is None:
-        return None, f"broken cls: {text[:20]!r} is not a class index"
-    return _label_or_none(int(match[1])), None
+    return _label_or_none(int(match[1])) if match else None
 
 
-def _label_of_json(text: bytes) -> tuple[int | None, str | None]:
+def _label_of_json(text: bytes) -> int | None:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        return None, f"broken json: {text[:20]!r}..."
+        return None
     label = content.get("label") if isinstance(content, dict) else None
-    return (_label_or_none(label) if type(label) is int else None), None
+    return _label_or_none(label) if type(label) is int else None
 
 
 def _label_or_none(label: int) -> int | None:

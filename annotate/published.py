@@ -113,7 +113,6 @@ def import_published(
     Raises:
         PublishedLayoutError: two files or two images have one base name, no image has a file, or a file is damaged.
         ShardError: more than `max_skip` of a shard's images have no labels, or they are other images than before.
-        ShardBusyError: another process is writing a shard.
         TarError: a tar is damaged.
         LabelStoreError: `labels` holds other labels, or could not be written.
     """
@@ -125,7 +124,7 @@ def import_published(
         num_turned = 0
         for shard in map(copy.copy, shards):  # copies, so that the header index of a tar goes when its shard is done
             on_shard(shard.stem)
-            with claim_shard(labels, shard.stem, info) as writer:
+            with claim_shard(labels, shard.stem, info, wait=True) as writer:
                 if finished_manifest(labels, shard, info)[0] is not None:
                     continue
                 imported = _import_images(shard.images(), files, info, settings)
@@ -133,7 +132,7 @@ def import_published(
                 check_skipped(shard, imported.skipped, num_samples, max_skip)
                 manifest = writer.write(
                     imported.maps,
-                    source=SourceRecord(name=shard.name, size_bytes=shard.size_bytes, num_samples=num_samples),
+                    source=SourceRecord.model_validate(asdict(shard.source)),
                     image_level=image_level_agreement(imported.maps, imported.labels),
                     skipped=imported.skipped,
                     versions=library_versions(),

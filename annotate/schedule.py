@@ -22,7 +22,7 @@ from annotate.images import ImageShard
 from annotate.ledger import MAX_ATTEMPTS, Ledger, RunReport, RunStoppedError, ShardFailure
 from annotate.shard import AnnotateConfig, ShardReport, annotate_shard, label_set
 from annotate.teachers import Teacher, TeacherSpec, load_teacher
-from tokenlabels.store import DiskFullError, LabelSet, ShardBusyError, create_label_set
+from tokenlabels.store import DiskFullError, LabelSet, ShardBusyError, StoreWriteError, create_label_set
 
 ACTOR_START_SECONDS = 900
 REACH_SECONDS = 10
@@ -39,8 +39,10 @@ class Job:
         topk: classes to keep per cell.
         flip: average the view of the mirrored image.
         amp: autocast on GPUs.
-        device: "cpu" or "cuda"; each Ray worker on "cuda" has a GPU of its own.
+        device: "cpu", "cuda", or "auto" for CUDA where this machine, or the Ray cluster, has a GPU. Each Ray worker on
+            "cuda" has a GPU of its own.
         torch_threads: intra-op threads of one worker on the CPU, or None for torch's own choice.
+        tars: names of all tars of the label set, where a run labels only a part of them; else those of the run.
     """
 
     labels: Path
@@ -51,6 +53,7 @@ class Job:
     amp: Literal["none", "bf16", "fp16"] = "none"
     device: str = "cpu"
     torch_threads: int | None = None
+    tars: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # A worker has a working directory of its own.
@@ -60,7 +63,14 @@ class Job:
         """Load the teacher on this job's device."""
         if self.torch_threads:
             torch.set_num_threads(self.torch_threads)
-        return load_teacher(self.teachers, topk=self.topk, flip=self.flip, amp=self.amp, device=self.device)
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_teacher(self.teachers, topk=self.topk, flip=self.flip, amp=self.amp, device=device)
+
+    def names(self, shards: Sequence[ImageShard]) -> list[str]:
+        """Names of the tars that the label set is to list, for a run over `shards`."""
+        return sorted({*self.tars, *(shard.name for shard in shards)})
 
 
 class Progress(Protocol):
@@ -95,7 +105,7 @@ def run_inline(shards: Sequence[ImageShard], job: Job, progress: Progress) -> Ru
         LabelStoreError: the folder holds labels made in another way.
     """
     teacher = job.load_teacher()
-    info = label_set(teacher, job.config, [shard.name for shard in shards])
+    info = label_set(teacher, job.config, job.names(shards))
     progress.start(create_label_set(job.labels, info), shards)
     ledger = Ledger(shards)
     while ledger:
@@ -116,7 +126,7 @@ def run_ray(
 
     Args:
         num_workers: number of actors; None for one per GPU of the cluster, or one on the CPU.
-        address: a running cluster to join; None to start Ray on this machine.
+        address: a running cluster to join ("auto" or host:port); None to start Ray on this machine.
 
     Raises:
         RunStoppedError: the disk is full, Ray does not start, or no worker gets ready.
@@ -125,7 +135,7 @@ def run_ray(
     with ray_session(address) as ray:
         pool = ActorPool(ray, job, num_workers)
         try:
-            info = pool.describe().model_copy(update={"tars": tuple(sorted(shard.name for shard in shards))})
+            info = pool.describe().model_copy(update={"tars": tuple(job.names(shards))})
             progress.start(create_label_set(job.labels, info), shards)
             return drain(pool, Ledger(shards), progress)
         finally:
@@ -153,6 +163,8 @@ def try_shard(
         return ShardFailure(shard.stem, str(error), "busy")
     except DiskFullError as error:
         return ShardFailure(shard.stem, str(error), "fatal")
+    except StoreWriteError as error:
+        return ShardFailure(shard.stem, str(error), "transient")
     except ValueError as error:
         return ShardFailure(shard.stem, str(error), "final")
     except OSError as error:
@@ -183,9 +195,9 @@ def ray_session(address: str | None) -> Iterator[Any]:
 
 
 def _start_ray(ray: Any, address: str | None) -> None:
-    address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    options |= {"address": address} if address else {"include_dashboard": False}
+    # "local": without it Ray joins whatever cluster it finds.
+    options |= {"address": address} if address else {"address": "local", "include_dashboard": False}
     for is_last in (False, True):
         try:
             _require_listener(address)
@@ -232,8 +244,12 @@ class ActorPool:
     """
 
     def __init__(self, ray: Any, job: Job, num_workers: int | None) -> None:
+        resources = ray.cluster_resources()
+        if job.device == "auto":
+            # The driver's own machine need not be like the workers'.
+            job = replace(job, device="cuda" if resources.get("GPU", 0) >= 1 else "cpu")
         resource = "GPU" if job.device == "cuda" else "CPU"
-        available = int(ray.cluster_resources().get(resource, 0))
+        available = int(resources.get(resource, 0))
         num_workers = num_workers or (max(1, available) if resource == "GPU" else 1)
         if num_workers > available:
             raise RunStoppedError(f"{num_workers} workers need a {resource} each; the Ray cluster has {available}")
@@ -317,6 +333,8 @@ class ActorPool:
         except self._deaths as error:
             reason = f"the worker died in mid-shard ({str(error).splitlines()[0]})"
             outcome = ShardFailure(shard.stem, reason, "transient")
+            # One that only cannot be reached would keep its GPU.
+            self._ray.kill(actor)
             self._start_actor()
         else:
             self._idle.append(actor)

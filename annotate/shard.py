@@ -31,6 +31,7 @@ from tokenlabels.store import (
     TeacherRecord,
     claim_shard,
     create_label_set,
+    keys_sha256,
     manifest_path,
 )
 from tokenlabels.summary import image_level_class
@@ -126,7 +127,7 @@ def annotate_shard(
             status = "written"
             num_samples = len(source.keys())
             labelled = label_images(source.images(), num_samples, teacher, config, on_images)
-            record = SourceRecord(name=source.name, size_bytes=source.size_bytes, num_samples=num_samples)
+            record = SourceRecord.model_validate(asdict(source.source))
             check_skipped(source, labelled.skipped, num_samples, config.max_skip)
             manifest = writer.write(
                 labelled.maps,
@@ -264,10 +265,15 @@ def finished_manifest(labels: Path, source: ImageShard, info: LabelSet) -> tuple
     if problem:
         return None, problem
     made_from = shard.manifest.source
-    if (made_from.name, made_from.size_bytes) != (source.name, source.size_bytes):
+    skipped = {record.key for record in shard.manifest.skipped}
+    # Sizes of tars are padded, so the keys are compared too.
+    keys = tuple(key for key in list(source.keys()) if key not in skipped)
+    same_keys = shard.manifest.keys_sha256 == keys_sha256(keys)
+    if (made_from.name, made_from.size_bytes) != (source.name, source.size_bytes) or not same_keys:
+        other = "other keys" if made_from.size_bytes == source.size_bytes else f"{source.size_bytes} bytes"
         raise ShardError(
-            f"{shard.path} was made from {made_from.name} of {made_from.size_bytes} bytes, but {source.name} has "
-            f"{source.size_bytes}: other images. Write to another folder, or remove "
+            f"{shard.path} was made from {made_from.name} of {made_from.size_bytes} bytes, but {source.path} has "
+            f"{other}: other images. Write to another folder, or remove "
             f"{manifest_path(labels, source.stem)} to label this shard again."
         )
     return shard.manifest, None

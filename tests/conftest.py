@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ DATA_ENV, REQUIRE_DATA_ENV, REQUIRE_GPU_ENV = (
     "TOKENLABELS_REQUIRE_DATA",
     "TOKENLABELS_REQUIRE_GPU",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _control_c_interrupts() -> None:
+    """A shell that starts the tests in the background makes them, and all that they start, ignore Control-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

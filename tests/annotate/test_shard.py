@@ -163,7 +163,7 @@ class TestMaps:
 class TestSkipped:
     @pytest.fixture
     def members(self, scene_tars: Path) -> dict[str, bytes]:
-        """Of five samples, two whole."""
+        """Of five samples, three whole."""
         jpeg = jpegs_of(scene_tars / "scenes-0002.tar")["scene_000008"]
         return {
             "a.jpg": jpeg[:2000],
@@ -184,10 +184,10 @@ class TestSkipped:
         assert [(record.key, record.reason.split(" (")[0].split(":")[0]) for record in report.skipped] == [
             ("a", "truncated image data"),
             ("c", "no image member"),
-            ("e", "broken cls"),
         ]
-        assert (report.rows, reader.manifest.source.num_samples) == (2, 5)
-        expected = obvious_maps({key: members[f"{key}.jpg"] for key in "bd"}, pixel_teacher(), "squash")
+        assert (report.rows, reader.manifest.source.num_samples) == (3, 5)
+        assert reader.manifest.image_level.num_labelled == 0
+        expected = obvious_maps({key: members[f"{key}.jpg"] for key in "bde"}, pixel_teacher(), "squash")
         assert_same_maps(reader.read(), expected)
         assert list(verify_store(tmp_path / "labels", source_keys=lambda _: shard.keys())) == []
 

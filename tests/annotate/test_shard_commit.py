@@ -59,6 +59,7 @@ def test_the_report_is_that_of_the_files(shard: TarShard, pixel_teacher: MakeTea
         "name": f"{STEM}.tar",
         "size_bytes": Path(shard.path).stat().st_size,
         "num_samples": 3,
+        "num_ignored": 0,
     }
 
 
@@ -169,6 +170,17 @@ class TestRefusals:
         ):
             assert part in str(caught.value)
         assert contents(labels) == before
+
+    def test_other_images_in_a_tar_of_the_same_size(
+        self, write_tar: WriteTar, pixel_teacher: MakeTeacher, tmp_path: Path
+    ) -> None:
+        """Tars are padded to 10,240 bytes, so that small ones often have one size."""
+        first = write_tar(tmp_path / "t.tar", {"a.jpg": b""})
+        annotate_shard(first, tmp_path / "labels", pixel_teacher(), AnnotateConfig(max_skip=1))
+        other = write_tar(tmp_path / "t.tar", {"b.jpg": b""})
+        assert other.size_bytes == first.size_bytes
+        with pytest.raises(ShardError, match="other keys"):
+            annotate_shard(other, tmp_path / "labels", pixel_teacher(), AnnotateConfig(max_skip=1))
 
     @pytest.mark.parametrize(
         ("teacher", "config", "differences"),

@@ -21,7 +21,6 @@ from tokenlabels.cli.common import (
     Teachers,
     fail,
     read_names,
-    resolve_device,
     show_user_errors,
     teacher_specs,
 )
@@ -88,6 +87,7 @@ def annotate(
         image_size=image_size,
     )
     shards = find_shards(images)
+    tars = tuple(shard.name for shard in shards)
     if (shard_index is None) != (num_shards is None):
         raise ValueError("--shard-index and --num-shards go together")
     if shard_index is not None and num_shards is not None:
@@ -106,8 +106,9 @@ def annotate(
         topk=topk,
         flip=flip,
         amp=amp,
-        device=resolve_device(device),
+        device=device,
         torch_threads=torch_threads,
+        tars=tars,
     )
     report = run_with_progress(
         shards, job, backend=backend, workers=workers, ray_address=ray_address, log_json=log_json
@@ -154,4 +155,4 @@ def _finish(report: "RunReport", out: Path, log_json: bool) -> None:
         )
     if report.failures:
         lines = "".join(f"\n  {failure.stem}: {failure.reason}" for failure in report.failures)
-        fail(f"{len(report.failures)} shards failed; run the same command again to retry them:{lines}", FOUND)
+        fail(f"{len(report.failures)} shards failed; see to their causes and run the same command again:{lines}", FOUND)

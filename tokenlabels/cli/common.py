@@ -34,7 +34,8 @@ Teachers = Annotated[
 Presets = Annotated[list[str] | None, typer.Option("--preset", help="A teacher of the papers, such as dm_nfnet_f6.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Use timm's pretrained weights.")]
 Checkpoints = Annotated[
-    list[Path] | None, typer.Option("--checkpoint", help="Weights (.safetensors or .pth); one for each --teacher.")
+    list[Path] | None,
+    typer.Option("--checkpoint", help="Weights (.safetensors, .pth), one for each teacher, presets last."),
 ]
 RandomWeights = Annotated[
     int | None, typer.Option("--random-weights", help="Random weights from this seed, to try things out.")
@@ -89,25 +90,27 @@ def teacher_specs(
     Raises:
         ValueError: none is named, or it is not clear where a teacher's weights come from.
     """
-    from annotate.teachers import TeacherSpec, preset
+    from annotate.specs import TeacherSpec, Weights, preset
 
-    names, checkpoints = teachers or [], checkpoints or []
-    specs = [preset(name, image_size=image_size) for name in presets or []]
-    if not names and not specs:
+    published = [preset(name, image_size=image_size) for name in presets or []]
+    models: list[tuple[str, int | None, Weights | None]] = [(name, image_size, None) for name in teachers or []]
+    models += [(spec.name, spec.image_size, spec.weights) for spec in published]
+    checkpoints = checkpoints or []
+    if not models:
         raise ValueError("name a teacher: --teacher NAME (any timm classifier) or --preset NAME")
-    if checkpoints and len(checkpoints) != len(names):
-        raise ValueError(f"{len(checkpoints)} --checkpoint for {len(names)} --teacher; give one for each")
-    for index, name in enumerate(names):
-        specs.append(
-            TeacherSpec(
-                name,
-                weights="pretrained" if pretrained else None,
-                checkpoint=checkpoints[index] if checkpoints else None,
-                seed=random_weights,
-                image_size=image_size,
-            )
+    if checkpoints and len(checkpoints) != len(models):
+        raise ValueError(f"{len(checkpoints)} --checkpoint for {len(models)} teachers; give one for each")
+    elsewhere = bool(checkpoints) or random_weights is not None
+    return tuple(
+        TeacherSpec(
+            name,
+            weights="pretrained" if pretrained else None if elsewhere else default_weights,
+            checkpoint=checkpoints[index] if checkpoints else None,
+            seed=random_weights,
+            image_size=size,
         )
-    return tuple(specs)
+        for index, (name, size, default_weights) in enumerate(models)
+    )
 
 
 def resolve_device(device: Device) -> str:

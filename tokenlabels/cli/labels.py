@@ -51,15 +51,21 @@ def verify(
 ) -> None:
     """Check every byte and every value of a label set; exit 1 if anything is wrong."""
     from annotate.images import find_shards
-    from tokenlabels.store import open_store, verify_store
+    from tokenlabels.store import manifest_path, open_store, verify_store
 
     shards = {shard.stem: shard for shard in find_shards(images or [])}
+    if images and not any(manifest_path(labels, stem).exists() for stem in shards):
+        raise ValueError(f"none of the given images belong to a shard of {labels}; they would check nothing")
+    if not recompute and (teacher or preset):
+        raise ValueError("a teacher is needed for --recompute N only")
     findings: list[Finding] = []
     unreadable: list[Finding] = []
     with _progress(labels, "checking") as on_shard:
         checks = verify_store(labels, source_keys=_source_keys(shards, unreadable), on_shard=on_shard)
         findings.extend(_shown(checks, as_json))
     findings.extend(_shown(iter(unreadable), as_json))
+    if recompute and findings and not as_json:
+        typer.echo(f"{labels}: no images were labelled again; mend these findings first")
     if recompute and not findings:
         if not shards:
             raise ValueError("--recompute needs the images too: --images 'train-*.tar'")
@@ -83,7 +89,9 @@ def verify(
         store = open_store(labels)
         num_at_hand = sum(len(shard) for shard in store.shards if shard.stem in shards)
         recomputed = f", {min(recompute, num_at_hand)} images labelled again" if recompute else ""
-        typer.echo(f"{labels}: whole. {len(store)} maps in {len(store.shards)} shards{recomputed}")
+        num_compared = sum(shard.stem in shards for shard in store.shards)
+        compared = f", keys compared with the images of {num_compared}" if images else ""
+        typer.echo(f"{labels}: whole. {len(store)} maps in {len(store.shards)} shards{compared}{recomputed}")
 
 
 @show_user_errors

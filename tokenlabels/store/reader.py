@@ -14,10 +14,11 @@ import numpy as np
 import zarr
 from pydantic import ValidationError
 
-from tokenlabels.store.files import sha256_of
+from tokenlabels.store.files import is_locked, sha256_of
 from tokenlabels.store.layout import ROWS_PER_CHUNK, ArraySpec, array_specs
 from tokenlabels.store.schema import (
     LABELS_FILE,
+    LOCK_FOLDER,
     LabelSet,
     LabelStoreError,
     Manifest,
@@ -241,7 +242,9 @@ class _Places(dict[str, tuple[ShardReader, int]]):
 
 def _refuse_unconfirmed(labels: Path) -> None:
     for group in sorted(labels.glob("*.zarr")):
-        if not manifest_path(labels, group.stem).exists():
+        mark = manifest_path(labels, group.stem)
+        # A running job is between its two renames for a moment; it holds the lock, or has given it back by now.
+        if not mark.exists() and not is_locked(labels / LOCK_FOLDER / group.stem) and not mark.exists():
             raise LabelStoreError(
                 f"{group}: has no manifest, so an interrupted job left it; run the same annotate command again"
             )

@@ -16,6 +16,7 @@ from tokenlabels.store.files import replace_file
 FORMAT_VERSION: Final = 1
 LABELS_FILE = "labels.json"
 MANIFEST_FOLDER = "manifest"
+LOCK_FOLDER = ".locks"
 MAX_SHOWN_LETTERS = 120
 
 AnyRecord = TypeVar("AnyRecord", bound="Record")
@@ -27,6 +28,10 @@ class LabelStoreError(ValueError):
 
 class DiskFullError(LabelStoreError):
     """There is no room for a shard; trying the next one would not help."""
+
+
+class StoreWriteError(LabelStoreError):
+    """The file system failed in the middle of writing; it may be worth another try."""
 
 
 class Record(BaseModel):
@@ -104,11 +109,12 @@ class LabelSet(Record):
 
 
 class SourceRecord(Record):
-    """The image shard that a label shard was made from."""
+    """The image shard that a label shard was made from. `num_ignored` counts files that belong to no sample."""
 
     name: str
     size_bytes: int
     num_samples: int
+    num_ignored: int = 0
 
 
 class SkippedRecord(Record):

@@ -12,9 +12,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from tokenlabels.store.files import (
     file_lock,
@@ -26,9 +28,10 @@ from tokenlabels.store.files import (
     staged_file,
     temporary_sibling,
 )
-from tokenlabels.store.layout import array_specs, values_of
+from tokenlabels.store.layout import ROWS_PER_CHUNK, array_specs, values_of
 from tokenlabels.store.schema import (
     LABELS_FILE,
+    LOCK_FOLDER,
     MANIFEST_FOLDER,
     DiskFullError,
     FileRecord,
@@ -39,6 +42,7 @@ from tokenlabels.store.schema import (
     ShardAttributes,
     SkippedRecord,
     SourceRecord,
+    StoreWriteError,
     keys_sha256,
     manifest_path,
     read_sealed,
@@ -48,8 +52,6 @@ from tokenlabels.store.schema import (
     write_sealed,
 )
 from tokenlabels.types import ScoreMaps, class_dtype
-
-LOCK_FOLDER = ".locks"
 
 
 class ShardBusyError(RuntimeError):
@@ -122,7 +124,7 @@ class ShardWriter:
 
         Raises:
             LabelStoreError: the maps do not fit the label set, the disk is full, or what was read back differs
-                from what was written. Nothing of the shard is left in any of these cases.
+                from what was written. The shard is then absent, or what it was before.
         """
         self._check(maps, source)
         final = shard_path(self.labels, self.stem)
@@ -181,15 +183,12 @@ class ShardWriter:
     def _compare(self, folder: Path, maps: ScoreMaps) -> None:
         group = zarr.open_group(folder, mode="r")
         for spec in array_specs(self.info):
-            written = np.asarray(group[spec.name][...])  # type: ignore[index]
-            expected = values_of(maps, spec.name)
-            same = (
-                tuple(written.tolist()) == maps.keys
-                if spec.name == "keys"
-                else np.array_equal(written.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8))
-            )
-            if not same:
-                raise LabelStoreError(f"{folder / spec.name}: reading back gave other values than were written")
+            array, expected = group[spec.name], values_of(maps, spec.name)
+            # A chunk at a time: a second copy of everything would be the peak of a writer's memory.
+            for start in range(0, len(maps), ROWS_PER_CHUNK):
+                rows = slice(start, start + ROWS_PER_CHUNK)
+                if not _same_bits(np.asarray(array[rows]), expected[rows]):  # type: ignore[index]
+                    raise LabelStoreError(f"{folder / spec.name}: reading back gave other values than were written")
 
     def _commit(self, temporary: Path, final: Path, manifest: Manifest) -> None:
         mark = manifest_path(self.labels, self.stem)
@@ -209,6 +208,12 @@ class ShardWriter:
         fsync(mark.parent)
 
 
+def _same_bits(written: NDArray[Any], expected: NDArray[Any]) -> bool:
+    if expected.dtype == object:
+        return list(written) == list(expected)
+    return bool(np.array_equal(written.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8)))
+
+
 def _describe_files(folder: Path) -> dict[str, FileRecord]:
     return {
         name: FileRecord(size_bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
@@ -219,7 +224,7 @@ def _describe_files(folder: Path) -> dict[str, FileRecord]:
 def _explained(error: OSError, path: Path, num_bytes: int) -> LabelStoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFullError(
-            f"{path}: {os.strerror(error.errno)} (up to {num_bytes / 1e6:.1f} MB were needed). Nothing of this "
-            "shard was kept. Free some space and run the same command again."
+            f"{path}: {os.strerror(error.errno)} (up to {num_bytes / 1e6:.1f} MB were needed). What is there is "
+            "absent or whole. Free some space and run the same command again."
         )
-    return LabelStoreError(f"{path}: could not be written ({error}). Nothing of this shard was kept.")
+    return StoreWriteError(f"{path}: could not be written ({error}); what is there is absent or whole.")

@@ -141,3 +141,14 @@ def test_a_job_sets_the_threads_of_its_teacher(job: Job) -> None:
     assert torch.get_num_threads() == 2
     replace(job, torch_threads=None).load_teacher()
     assert torch.get_num_threads() == 2
+
+
+def test_a_part_of_a_job_array_lists_the_tars_of_all_parts(
+    job: Job, shards: list[ImageShard], make_recorder: MakeRecorder
+) -> None:
+    names = tuple(shard.name for shard in shards)
+    run_inline(job_array_part(shards, 0, 3), replace(job, tars=names), make_recorder())
+    store = open_store(job.labels)
+    assert store.info.tars == names
+    assert store.missing == names[1:]
+    assert [finding.problem for finding in verify_store(job.labels)] == ["not annotated yet"] * 2

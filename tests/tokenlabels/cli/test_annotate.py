@@ -95,7 +95,7 @@ def test_a_damaged_tar_exits_with_1_and_the_others_are_done(
     damaged.write_bytes(damaged.read_bytes()[:5000])
     result = run("annotate", f"{images}/*.tar", "--out", out, *TEACHER, *(["--log-json"] if log_json else []))
     assert result.exit_code == 1
-    assert "error: 1 shards failed; run the same command again to retry them:" in result.stderr
+    assert "error: 1 shards failed; see to their causes and run the same command again:" in result.stderr
     assert f"\n  {STEMS[1]}: {damaged}" in result.stderr
     assert [shard.stem for shard in open_store(out).shards] == [STEMS[0], STEMS[2]]
     if log_json:
@@ -134,7 +134,7 @@ USE = {
     ),
     "checkpoints without teachers": (
         ["--teacher", NAME, "--checkpoint", "a.pth", "--checkpoint", "b.pth"],
-        "2 --checkpoint for 1 --teacher",
+        "2 --checkpoint for 1 teachers",
     ),
     "more classes than there are": ([*TEACHER, "--topk", 2000], "topk must be 1 to 1000; got 2000"),
     "no class": ([*TEACHER, "--topk", 0], "--topk"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
+from annotate.scenes import write_scenes
 from tokenlabels.store import claim_shard, manifest_path, open_store, shard_path
 from tokenlabels.types import ScoreMaps
 
@@ -42,7 +43,7 @@ def swapped(labels: Path) -> Path:
 def test_a_whole_set(run: Run, labels: Path, pattern: str) -> None:
     result = run("verify", labels, "--images", pattern)
     assert result.exit_code == 0
-    assert result.stdout == f"{labels}: whole. 10 maps in 3 shards\n"
+    assert result.stdout == f"{labels}: whole. 10 maps in 3 shards, keys compared with the images of 3\n"
 
 
 def test_a_damaged_file_is_named(run: Run, labels: Path, damaged_file: Path) -> None:
@@ -115,7 +116,9 @@ def test_recompute_finds_nothing_in_what_the_teacher_said(
 ) -> None:
     result = run("verify", labels, "--images", pattern, "--recompute", num_images, *TEACHER)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{labels}: whole. 10 maps in 3 shards, {min(num_images, 10)} images labelled again\n"
+    compared = "keys compared with the images of 3"
+    again = f"{min(num_images, 10)} images labelled again"
+    assert result.stdout == f"{labels}: whole. 10 maps in 3 shards, {compared}, {again}\n"
 
 
 def test_recompute_finds_labels_that_are_of_other_images(run: Run, swapped: Path, pattern: str) -> None:
@@ -147,3 +150,17 @@ def test_recompute_that_is_asked_for_wrongly(
     result = run("verify", labels, "--recompute", 2, *spelled)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_images_of_another_set_are_refused(run: Run, labels: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "other", shard_sizes=(1,), seed=5)
+    (tmp_path / "other" / "scenes-0000.tar").rename(tmp_path / "other" / "unrelated.tar")
+    result = run("verify", labels, "--images", tmp_path / "other" / "unrelated.tar")
+    assert result.exit_code == 2
+    assert "none of the given images belong to a shard" in result.stderr
+
+
+def test_a_teacher_without_recompute_is_refused(run: Run, labels: Path) -> None:
+    result = run("verify", labels, *TEACHER)
+    assert result.exit_code == 2
+    assert "--recompute" in result.stderr

@@ -77,7 +77,7 @@ def test_attributes_of_a_shard(label_set: Path) -> None:
         "grid": [3, 2],
         "k": 3,
         "num_classes": 10,
-        "source": {"name": "b.tar", "size_bytes": 10_240, "num_samples": 5},
+        "source": {"name": "b.tar", "size_bytes": 10_240, "num_samples": 5, "num_ignored": 0},
         "keys_sha256": manifest["keys_sha256"],
         "teacher_digest": "t0",
         "versions": {"torch": "2.0"},

@@ -14,6 +14,7 @@ from tokenlabels.store import (
     Manifest,
     claim_shard,
     create_label_set,
+    manifest_path,
     open_store,
     verify_store,
 )
@@ -187,3 +188,16 @@ def test_a_key_in_two_shards_is_refused_by_key_and_served_by_shard(
     with pytest.raises(LabelStoreError, match="key 'a_00000' is in a and in b; read such a set shard by shard"):
         store["a_00007"]
     assert [len(shard.read()) for shard in store.shards] == [300, 5]
+
+
+def test_a_shard_between_the_two_renames_of_a_running_writer_is_missing(label_set: Path, make_info: MakeInfo) -> None:
+    mark = manifest_path(label_set, "b")
+    with claim_shard(label_set, "b", make_info()):
+        hidden = mark.rename(mark.with_suffix(".away"))
+        store = open_store(label_set)
+        assert [shard.stem for shard in store.shards] == ["a"]
+        assert store.missing == ("b.tar",)
+    with pytest.raises(LabelStoreError, match=r"b\.zarr: has no manifest"):
+        open_store(label_set)
+    hidden.rename(mark)
+    assert open_store(label_set).missing == ()

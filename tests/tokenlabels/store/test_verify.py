@@ -131,7 +131,7 @@ OTHER_ATTRIBUTES = {
     "num_classes": (11, "num_classes is 11, expected 10"),
     "source": (
         {"name": "b.tar", "size_bytes": 1, "num_samples": 5},
-        "source is name='b.tar' size_bytes=1 num_samples=5, expected name='b.tar' size_bytes=10240 num_samples=5",
+        "source is name='b.tar' size_bytes=1 num_samples=5 num_ignored=0, expected name='b.tar' size_bytes=10240 ",
     ),
     "keys_sha256": ("0", "keys_sha256 is 0, expected "),
     "teacher_digest": ("t1", "teacher_digest is t1, expected t0"),
