@@ -50,8 +50,11 @@ class TeacherSpec:
         if self.image_size is not None and self.image_size < 1:
             raise TeacherError(f"{self.name}: image_size is a side in pixels, at least 1, got {self.image_size}")
         object.__setattr__(self, "weights", weights)
+        # Another process may have another working directory.
+        if self.name.startswith("local-dir:"):
+            folder = Path(self.name.removeprefix("local-dir:")).absolute()
+            object.__setattr__(self, "name", f"local-dir:{folder}")
         if self.checkpoint is not None:
-            # Another process may have another working directory.
             object.__setattr__(self, "checkpoint", Path(self.checkpoint).absolute())
 
     @property

@@ -1,5 +1,6 @@
 """tokenlabels verify, tokenlabels inspect: is a label set whole, and what is in it."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,7 +129,8 @@ def _source_keys(shards: "dict[str, ImageShard]", unreadable: "list[Finding]") -
 
     def keys_of(stem: str) -> list[str] | None:
         try:
-            return shards[stem].keys() if stem in shards else None
+            # A copy: a shard keeps the index of its tar, and a thousand of them would pile up.
+            return copy.copy(shards[stem]).keys() if stem in shards else None
         except (ValueError, OSError) as error:
             unreadable.append(Finding(Path(shards[stem].path), f"cannot be compared with its labels ({error})"))
             return None
