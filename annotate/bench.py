@@ -4,6 +4,7 @@ The inline backend is held against the bare teacher over images that are ready i
 two processes that share out the same shards without Ray. Rounds alternate, so that a busy machine slows both sides.
 """
 
+import copy
 import multiprocessing
 import shutil
 import statistics
@@ -81,7 +82,8 @@ def bench_inline(shards: Sequence[ImageShard], job: Job, *, rounds: int) -> Comp
     def inline() -> None:
         shutil.rmtree(job.labels, ignore_errors=True)
         for shard in shards:
-            annotate_shard(shard, job.labels, teacher, job.config)
+            # A copy has no index of its tar yet, like the shards of a run.
+            annotate_shard(copy.copy(shard), job.labels, teacher, job.config)
 
     def bare() -> None:
         for batch in batches:
