@@ -35,7 +35,7 @@ def bench_annotate(
 
     spec = TeacherSpec(name=teacher, weights="random", checkpoint=None, seed=0, image_size=image_size)
     with tempfile.TemporaryDirectory() as folder:
-        shards = find_shards(images) if images else scene_shards(Path(folder, "images"), (16, 16, 16, 16))
+        shards = find_shards(images) if images else scene_shards(Path(folder, "images"), (64, 64))
         config = AnnotateConfig(batch_size=batch_size, max_skip=1.0)
         job = Job(Path(folder, "labels"), (spec,), config, device=resolve_device(device))
         typer.echo(bench_inline(shards, job, rounds=rounds))
