@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tokenlabels.cli.common import DeviceOption, resolve_device, show_user_errors
+from tokenlabels.cli.common import DeviceOption, show_user_errors
 
 bench = typer.Typer(help="Measure ratios on this machine; nothing is downloaded.", no_args_is_help=True)
 
@@ -37,7 +37,7 @@ def bench_annotate(
     with tempfile.TemporaryDirectory() as folder:
         shards = find_shards(images) if images else scene_shards(Path(folder, "images"), (64, 64))
         config = AnnotateConfig(batch_size=batch_size, max_skip=1.0)
-        job = Job(Path(folder, "labels"), (spec,), config, device=resolve_device(device))
+        job = Job(Path(folder, "labels"), (spec,), config, device=device)
         typer.echo(bench_inline(shards, job, rounds=rounds))
         if with_ray:
             typer.echo(bench_ray(shards, job, rounds=rounds))

@@ -113,13 +113,6 @@ def teacher_specs(
     )
 
 
-def resolve_device(device: Device) -> str:
-    """auto -> cuda where there is one."""
-    import torch
-
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def read_names(path: Path | None) -> tuple[str, ...] | None:
     """Class names from a text file, one per line."""
     return tuple(path.read_text(encoding="utf-8").splitlines()) if path else None

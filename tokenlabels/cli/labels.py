@@ -21,7 +21,6 @@ from tokenlabels.cli.common import (
     Pretrained,
     RandomWeights,
     Teachers,
-    resolve_device,
     show_user_errors,
     teacher_specs,
 )
@@ -78,7 +77,7 @@ def verify(
             random_weights=random_weights,
             image_size=image_size,
         )
-        again = _recomputed(labels, list(shards.values()), specs, recompute, resolve_device(device))
+        again = _recomputed(labels, list(shards.values()), specs, recompute, device)
         findings.extend(_shown(again, as_json))
     if as_json:
         typer.echo(json.dumps({"findings": [{"path": str(f.path), "problem": f.problem} for f in findings]}, indent=1))
@@ -142,13 +141,13 @@ def _recomputed(
     labels: Path, shards: "list[ImageShard]", specs: "tuple[TeacherSpec, ...]", num_images: int, device: str
 ) -> "Iterator[Finding]":
     from annotate.recompute import recompute
-    from annotate.teachers import load_teacher
+    from annotate.schedule import Job
     from tokenlabels.store import open_store
 
     store = open_store(labels)
     made_by = store.info.teacher
-    teacher = load_teacher(specs, topk=store.info.k, flip=made_by.flip, amp=made_by.amp, device=device)
-    return recompute(store, shards, teacher, num_images=num_images)
+    job = Job(labels, specs, topk=store.info.k, flip=made_by.flip, amp=made_by.amp, device=device)
+    return recompute(store, shards, job.load_teacher(), num_images=num_images)
 
 
 def _shown(findings: "Iterator[Finding]", as_json: bool) -> "Iterator[Finding]":
