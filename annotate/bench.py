@@ -7,12 +7,10 @@ two processes that share out the same shards without Ray. Rounds alternate, so t
 import copy
 import multiprocessing
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,53 +22,10 @@ from annotate.ledger import Ledger, ShardFailure
 from annotate.schedule import ActorPool, Job, drain, ray_session, try_shard
 from annotate.shard import ShardReport, annotate_shard
 from annotate.teachers import Teacher
+from tokenlabels.measure import Comparison, interleave
 from tokenlabels.store import LabelSet
 
 NUM_PARALLEL = 2
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two ways to do the same work.
-
-    Attributes:
-        name: what is compared.
-        ours, reference: images per second, median over the rounds.
-        ratio: ours over reference, median of the ratios of each round.
-        ratios: of each round.
-    """
-
-    name: str
-    ours: float
-    reference: float
-    ratio: float
-    ratios: tuple[float, ...]
-
-    def __str__(self) -> str:
-        low, high = min(self.ratios), max(self.ratios)
-        return (
-            f"{self.name}: {self.ratio:.3f} ({self.ours:.1f} / {self.reference:.1f} images/s, "
-            f"rounds {low:.3f}..{high:.3f})"
-        )
-
-
-def interleave(
-    name: str, num_items: int, rounds: int, ours: Callable[[], None], reference: Callable[[], None]
-) -> Comparison:
-    """Time both sides in turn, once to warm up and then `rounds` times, changing who goes first."""
-    ours()
-    reference()
-    rates: list[tuple[float, float]] = []
-    for number in range(rounds):
-        seconds = dict.fromkeys((ours, reference), 0.0)
-        for side in (ours, reference) if number % 2 else (reference, ours):
-            start = time.perf_counter()
-            side()
-            seconds[side] = time.perf_counter() - start
-        rates.append((num_items / seconds[ours], num_items / seconds[reference]))
-    ratios = tuple(mine / theirs for mine, theirs in rates)
-    medians = [statistics.median(side) for side in zip(*rates, strict=True)]
-    return Comparison(name, medians[0], medians[1], statistics.median(ratios), ratios)
 
 
 def bench_inline(shards: Sequence[ImageShard], job: Job, *, rounds: int) -> Comparison:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from annotate.bench import Comparison, interleave
+from tokenlabels.measure import Comparison, interleave, peak_memory
 from tokenlabels.store import (
     ImageLevelRecord,
     LabelSet,
@@ -160,17 +160,11 @@ def _measure_writer(folder: str, num_images: int) -> None:
     write_simulated(Path(folder, "warm"), simulate_maps(8, seed=1))
     source = simulate_maps(64, seed=0)
     repeats = -(-num_images // len(source))
-    before = _resident_bytes("VmRSS")
-    # Tiled from few maps, so that making them leaves no peak of its own.
-    maps = ScoreMaps(
-        tuple(map(str, range(repeats * len(source)))),
-        *(np.concatenate([side] * repeats) for side in (source.scores, source.classes, source.tail, source.views)),
-    )
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the high-water mark
-    write_simulated(Path(folder, "shard"), maps)
-    print(json.dumps({"ratio": (_resident_bytes("VmHWM") - before) / maps.num_bytes}))  # noqa: T201
-
-
-def _resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    with peak_memory() as peak:
+        # Tiled from few maps, so that making them leaves no peak of its own.
+        maps = ScoreMaps(
+            tuple(map(str, range(repeats * len(source)))),
+            *(np.concatenate([side] * repeats) for side in (source.scores, source.classes, source.tail, source.views)),
+        )
+        write_simulated(Path(folder, "shard"), maps)
+    print(json.dumps({"ratio": peak.num_bytes / maps.num_bytes}))  # noqa: T201

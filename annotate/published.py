@@ -238,7 +238,7 @@ def _import_images(
         keys.append(image.key)
         labels.append(image.label)
     shape = (len(keys), *info.grid, info.k)
-    scores_nHWk = np.array([one.map.scores for one in found], np.float16).reshape(shape)  # noqa: N806
+    scores_nHWk = np.array([one.map.scores for one in found], np.float16).reshape(shape)
     maps = ScoreMaps(
         keys=tuple(keys),
         scores=scores_nHWk,
@@ -290,7 +290,7 @@ def _read_header(data: bytes) -> tuple[int, int, int]:
     return width_px, height_px, orientation
 
 
-def _upright(array_HWk: NDArray[_Value], orientation: int) -> NDArray[_Value]:  # noqa: N803
+def _upright(array_HWk: NDArray[_Value], orientation: int) -> NDArray[_Value]:
     swap, reverse_rows, reverse_columns = _TO_UPRIGHT[orientation]
     array = array_HWk.swapaxes(0, 1) if swap else array_HWk
     array = array[::-1] if reverse_rows else array

@@ -185,11 +185,11 @@ def parse_label_file(data: bytes, name: str, settings: ImportSettings) -> Publis
     Raises:
         PublishedLayoutError: the file is no tensor, or not one of a map. The message starts with `name`.
     """
-    scores_HWk, ids_HWk = _load(data, name, settings.axes)  # noqa: N806
+    scores_HWk, ids_HWk = _load(data, name, settings.axes)
     if not np.isfinite(scores_HWk).all():
         raise PublishedLayoutError(f"{name}: a score is not finite")
     _check_ids(ids_HWk, name, settings.num_classes)
-    classes_HWk = ids_HWk.astype(np.int64)  # noqa: N806
+    classes_HWk = ids_HWk.astype(np.int64)
     ordered = np.sort(classes_HWk, axis=-1)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         raise PublishedLayoutError(f"{name}: a cell names a class twice")
@@ -226,12 +226,12 @@ def _load(data: bytes, name: str, axes: Axes) -> tuple[NDArray[np.float16], NDAr
             f"{name}: holds {tensor.dtype} {list(tensor.shape)}, expected torch.float16 [2, k, H, W]"
         )
     order = (0, 2, 3, 1) if axes == "hw" else (0, 3, 2, 1)
-    both_2HWk = np.ascontiguousarray(tensor.detach().permute(order).numpy())  # noqa: N806
+    both_2HWk = np.ascontiguousarray(tensor.detach().permute(order).numpy())
     # Ids leave float16 before they are compared: there a limit of 2049 would become 2048.
     return both_2HWk[0], both_2HWk[1].astype(np.float32)
 
 
-def _check_ids(ids_HWk: NDArray[np.float32], name: str, num_classes: int) -> None:  # noqa: N803
+def _check_ids(ids_HWk: NDArray[np.float32], name: str, num_classes: int) -> None:
     limit = min(num_classes, MAX_EXACT_ID + 1)
     valid = (ids_HWk >= 0) & (ids_HWk < limit) & (ids_HWk == np.floor(ids_HWk))
     if valid.all():
@@ -242,7 +242,7 @@ def _check_ids(ids_HWk: NDArray[np.float32], name: str, num_classes: int) -> Non
     raise PublishedLayoutError(f"{name}: class id {wrong:g} is not a whole number in 0..{limit - 1}; {advice}")
 
 
-def _sorted(scores_HWk: NDArray[np.float16], classes_HWk: NDArray[np.int64]) -> PublishedMap:  # noqa: N803
+def _sorted(scores_HWk: NDArray[np.float16], classes_HWk: NDArray[np.int64]) -> PublishedMap:
     if (scores_HWk[..., 1:] <= scores_HWk[..., :-1]).all():
         return PublishedMap(scores_HWk, classes_HWk)
     order = np.argsort(-scores_HWk, axis=-1, kind="stable")

@@ -114,7 +114,7 @@ def published_path(key: str) -> str:
 
 def published_bytes(score_map: ScoreMap) -> bytes:
     """The content of a label file: float16 [2, k, H, W], with the strides that the published files have."""
-    both_2HWk = np.stack([score_map.scores, score_map.classes.astype(np.float16)])  # noqa: N806
+    both_2HWk = np.stack([score_map.scores, score_map.classes.astype(np.float16)])
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(both_2HWk).permute(0, 3, 1, 2), buffer)
     return buffer.getvalue()

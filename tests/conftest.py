@@ -33,11 +33,11 @@ def _restore_random_state() -> Iterator[None]:
     torch.set_rng_state(torch_state)
 
 
-def _data_folder(name: str) -> Path:
-    default = Path(__file__).parents[2] / "shared" / "data"
+def _data_folder(name: str, parent: str = "data") -> Path:
+    default = Path(__file__).parents[2] / "shared" / parent
     folder = Path(os.environ.get(DATA_ENV, default)) / name
     if not folder.is_dir():
-        message = f"no real images at {folder}; {DATA_ENV} names the folder that holds {name}"
+        message = f"no data at {folder}; {DATA_ENV} names the folder that holds {name}"
         if os.environ.get(REQUIRE_DATA_ENV) == "1":
             pytest.fail(f"{message} ({REQUIRE_DATA_ENV}=1)")
         pytest.skip(message)
@@ -54,6 +54,12 @@ def imagenet_sample() -> Path:
 def tiny_imagenet() -> Path:
     """Folder of WebDataset tars of 64 x 64 images in 50 classes, with boxes.json and classes.json."""
     return _data_folder("tiny-imagenet-50")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of outputs of the published code."""
+    return _data_folder("golden", parent="")
 
 
 @pytest.fixture(scope="session")

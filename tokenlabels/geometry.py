@@ -1,15 +1,64 @@
-"""Which part of an image a map covers: the views of the three ways to bring an image to a teacher's input size.
+"""Where things are in images, maps and outputs: one convention for boxes, views, cells and affine maps.
 
-Coordinates are normalised xyxy in 0..1 of the image, x first. Pixels and cells are areas: cell j of W covers
-[j / W, (j + 1) / W] of its map, and its centre is (j + 0.5) / W.
+Coordinates are normalised to 0..1 of the thing named, boxes are xyxy, x first. Pixels and cells are areas: cell j of
+W covers [j / W, (j + 1) / W] of its map, and its centre is (j + 0.5) / W.
+
+Here in numpy: which part of an image a map covers, the view, for the three ways to bring an image to a teacher's input
+size. The functions on batches, in torch, are written in `tokenlabels.boxes` (crops, views, mirror images) and
+`tokenlabels.affine` (everything else that happens to an image); they have their names here too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tokenlabels.affine import (
+        affine_from_boxes,
+        affine_in_map,
+        apply_affine,
+        compose_affine,
+        invert_affine,
+        rotation,
+        shear,
+        token_centres,
+        translation,
+        valid_tokens,
+    )
+    from tokenlabels.boxes import box_in_image, box_in_map, image_in_map, mirror_boxes, valid_range
+
+__all__ = [
+    "BORDER_TOLERANCE",
+    "Box",
+    "Letterbox",
+    "ResizeMode",
+    "affine_from_boxes",
+    "affine_in_map",
+    "apply_affine",
+    "box_in_image",
+    "box_in_map",
+    "cell_centres",
+    "compose_affine",
+    "image_in_map",
+    "invert_affine",
+    "letterbox_placement",
+    "mirror_boxes",
+    "rotation",
+    "shear",
+    "token_centres",
+    "translation",
+    "valid_cells",
+    "valid_range",
+    "valid_tokens",
+    "view_center",
+    "view_letterbox",
+    "view_squash",
+]
+_IN_BOXES = ("box_in_image", "box_in_map", "image_in_map", "mirror_boxes", "valid_range")
 
 ResizeMode = Literal["squash", "center", "letterbox"]
 """squash: the whole image, its aspect given up. center: the centre square. letterbox: the whole image, padded."""
@@ -19,6 +68,13 @@ Box = tuple[float, float, float, float]
 
 # Views are stored as float32: a centre that lies on the border of the image must not fall outside by its rounding.
 BORDER_TOLERANCE = 1e-6
+
+
+def __getattr__(name: str) -> Any:
+    """Import the functions on batches on first use: torch takes seconds, and labels can be inspected without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("tokenlabels.boxes" if name in _IN_BOXES else "tokenlabels.affine"), name)
 
 
 @dataclass(frozen=True)
@@ -105,7 +161,7 @@ def valid_cells(view: Sequence[float] | NDArray[np.floating], grid: tuple[int, i
 
     Only a letterboxed map has others. A centre on the very border counts as inside.
     """
-    inside_W, inside_H = (  # noqa: N806
+    inside_W, inside_H = (
         (centres >= -BORDER_TOLERANCE) & (centres <= 1 + BORDER_TOLERANCE) for centres in cell_centres(view, grid)
     )
     return inside_H[:, None] & inside_W[None, :]

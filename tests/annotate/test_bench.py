@@ -4,67 +4,24 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from annotate import bench, bench_store
-from annotate.bench import Comparison, bench_inline, bench_ray, interleave, scene_shards
+from annotate import bench_store
+from annotate.bench import bench_inline, bench_ray, scene_shards
 from annotate.bench_store import GRID, NUM_CLASSES, TOPK, StoreFigures, simulate_maps, write_simulated
 from annotate.images import find_shards
 from annotate.schedule import Job
 from annotate.shard import AnnotateConfig
 from annotate.teachers import TeacherSpec
+from tokenlabels.measure import Comparison
 from tokenlabels.store import open_store, verify_store
 from tokenlabels.store.verify import wrong_values
 from tokenlabels.summary import num_distinct_classes
 from tokenlabels.types import ScoreMaps
-
-
-class Side:
-    """Takes the seconds that it is given, one after the other, on a clock that stands still in between."""
-
-    def __init__(self, name: str, seconds: list[float], clock: SimpleNamespace, order: list[str]) -> None:
-        self.name, self.seconds, self.clock, self.order = name, seconds, clock, order
-
-    def __call__(self) -> None:
-        self.order.append(self.name)
-        self.clock.now += self.seconds.pop(0)
-
-
-class TestInterleave:
-    @pytest.fixture
-    def sides(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float], list[float]], Any]:
-        """sides(seconds of ours, seconds of the reference) -> both, and the order in which they will be called."""
-        clock = SimpleNamespace(now=50.0)
-        monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-
-        def make(ours: list[float], reference: list[float]) -> tuple[Side, Side, list[str]]:
-            order: list[str] = []
-            return Side("ours", ours, clock, order), Side("reference", reference, clock, order), order
-
-        return make
-
-    def test_rounds_follow_a_warm_up_and_alternate(self, sides: Callable[..., Any]) -> None:
-        ours, reference, order = sides([1.0] * 4, [1.0] * 4)
-        interleave("name", 10, 3, ours, reference)
-        assert order[:2] == ["ours", "reference"]
-        assert order[2:] == ["reference", "ours", "ours", "reference", "reference", "ours"]
-
-    def test_figures(self, sides: Callable[..., Any]) -> None:
-        ours, reference, _ = sides([99.0, 2.0, 4.0, 5.0], [77.0, 1.0, 8.0, 2.5])
-        comparison = interleave("ours / theirs", 20, 3, ours, reference)
-        assert comparison.ratios == (0.5, 2.0, 0.5)
-        assert (comparison.ours, comparison.reference, comparison.ratio) == (5.0, 8.0, 0.5)
-        assert str(comparison) == "ours / theirs: 0.500 (5.0 / 8.0 images/s, rounds 0.500..2.000)"
-
-    def test_an_error_of_a_side_is_not_swallowed(self, sides: Callable[..., Any]) -> None:
-        ours, reference, _ = sides([1.0], [1.0] * 3)
-        with pytest.raises(IndexError):
-            interleave("name", 1, 1, ours, reference)
 
 
 def assert_finite(comparison: Comparison, rounds: int) -> None:

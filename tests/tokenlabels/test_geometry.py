@@ -1,12 +1,29 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as transforms
 
+from annotate.decode import ImageSpec, fit
+from tokenlabels import affine, boxes, geometry
 from tokenlabels.geometry import (
+    ResizeMode,
+    affine_from_boxes,
+    affine_in_map,
+    apply_affine,
+    box_in_map,
     cell_centres,
+    image_in_map,
     letterbox_placement,
+    token_centres,
     valid_cells,
+    valid_tokens,
     view_center,
     view_letterbox,
     view_squash,
@@ -134,3 +151,93 @@ def test_a_wide_letterboxed_map_is_valid_in_the_middle_rows() -> None:
     valid = valid_cells(view_letterbox(200, 100, (64, 64)), (8, 4))
     assert valid.shape == (8, 4)
     assert valid.tolist() == [[False] * 4] * 2 + [[True] * 4] * 4 + [[False] * 4] * 2
+
+
+def test_the_functions_on_batches_have_their_names_here_too() -> None:
+    for name in set(geometry.__all__) - set(vars(geometry)):
+        module = boxes if hasattr(boxes, name) else affine
+        assert getattr(geometry, name) is getattr(module, name)
+        assert getattr(geometry, name).__module__ == module.__name__
+    with pytest.raises(AttributeError, match="has no attribute 'boxs'"):
+        geometry.boxs  # noqa: B018
+
+
+def test_views_need_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from tokenlabels.geometry import valid_cells, view_center"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# A picture that says where everything is: red is 255 x and green 255 y. The map is made as the annotator makes it, from
+# its own resized copy; the student sees a random crop. 12 tokens of 8 pixels, 16 cells of 8 pixels.
+WIDTH_PX, HEIGHT_PX = 240, 160
+TOKENS, CELLS, PATCH_PX = 12, 16, 8
+RESIZE_MODES: list[ResizeMode] = ["squash", "center", "letterbox"]
+
+
+def position_picture() -> Image.Image:
+    x, y = cell_centres(view_squash(), (HEIGHT_PX, WIDTH_PX))
+    rgb = np.stack([*np.meshgrid(255 * x, 255 * y), np.zeros((HEIGHT_PX, WIDTH_PX))], axis=-1)
+    return Image.fromarray(np.rint(rgb).astype(np.uint8))
+
+
+def known_map(resize: ResizeMode) -> tuple[Tensor, Tensor]:
+    """Mean position of every cell, float32 [2, 16, 16] (x, y), and the view [4]."""
+    side = CELLS * PATCH_PX
+    pixels, view = fit(position_picture(), ImageSpec((side, side), "bilinear", resize, 0.8, (0, 0, 0)))
+    cells = pixels[..., :2].reshape(CELLS, PATCH_PX, CELLS, PATCH_PX, 2).mean(axis=(1, 3)) / 255
+    return torch.from_numpy(cells).float().permute(2, 0, 1), torch.from_numpy(view)
+
+
+def student_tokens(tlhw_px: tuple[int, int, int, int], flip: bool) -> Tensor:
+    """Mean position of every token of the crop, float32 [12, 12, 2]."""
+    crop = transforms.resized_crop(position_picture(), *tlhw_px, [TOKENS * PATCH_PX] * 2)
+    pixels = np.asarray(transforms.hflip(crop) if flip else crop)
+    tokens = pixels[..., :2].reshape(TOKENS, PATCH_PX, TOKENS, PATCH_PX, 2).mean(axis=(1, 3)) / 255
+    return torch.from_numpy(tokens).float()
+
+
+def read_map(cells_CHW: Tensor, points_xy: Tensor) -> Tensor:
+    """The map between the centres of its cells, [P, 2]."""
+    read = torch.nn.functional.grid_sample(cells_CHW[None], 2 * points_xy[None, None] - 1, align_corners=False)
+    return read[0, :, 0].T
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["upright", "flipped"])
+@pytest.mark.parametrize("resize", RESIZE_MODES)
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_tokens_read_the_place_of_the_map_that_the_student_sees(
+    resize: ResizeMode, flip: bool, data: st.DataObject
+) -> None:
+    height, width = data.draw(st.integers(40, HEIGHT_PX)), data.draw(st.integers(40, WIDTH_PX))
+    top, left = data.draw(st.integers(0, HEIGHT_PX - height)), data.draw(st.integers(0, WIDTH_PX - width))
+    seen = student_tokens((top, left, height, width), flip).flatten(0, 1)
+    size_px = torch.tensor([WIDTH_PX, HEIGHT_PX, WIDTH_PX, HEIGHT_PX])
+    box_in_image = torch.tensor([left, top, left + width, top + height]) / size_px
+    output_to_image = affine_from_boxes(box_in_image, torch.tensor(flip))
+    cells, view = known_map(resize)
+
+    in_image = apply_affine(output_to_image, token_centres((TOKENS, TOKENS)))
+    torch.testing.assert_close(in_image, seen, atol=1.5 / 255, rtol=0)
+
+    output_to_map = affine_in_map(output_to_image, view)
+    torch.testing.assert_close(output_to_map, affine_from_boxes(box_in_map(box_in_image, view), torch.tensor(flip)))
+    in_map = apply_affine(output_to_map, token_centres((TOKENS, TOKENS)))
+    valid = valid_tokens(output_to_map, (TOKENS, TOKENS), image_in_map(view)).flatten()
+    assert valid.all() or resize == "center"
+    # Between the outermost centres the map is a ramp; the cells of a letterbox that padding reaches into are none.
+    low, high = image_in_map(view).reshape(2, 2)
+    inner = ((in_map > low + 1.5 / CELLS) & (in_map < high - 1.5 / CELLS)).all(dim=1)
+    torch.testing.assert_close(read_map(cells, in_map)[inner], seen[inner], atol=2.5 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("resize", ["center", "letterbox"])
+def test_a_map_read_without_its_view_shows_another_place(resize: ResizeMode) -> None:
+    """The measure above can tell: where the view is forgotten, tokens are off by a tenth of the image and more."""
+    box_in_image = torch.tensor([20 / WIDTH_PX, 20 / HEIGHT_PX, 80 / WIDTH_PX, 80 / HEIGHT_PX])
+    seen = student_tokens((20, 20, 60, 60), False).flatten(0, 1)
+    cells, _ = known_map(resize)
+    forgotten = apply_affine(affine_from_boxes(box_in_image), token_centres((TOKENS, TOKENS)))
+    error = (read_map(cells, forgotten) - seen).abs().amax(dim=1)
+    assert error.mean() > 0.05
+    assert error.max() > 0.1

@@ -54,3 +54,28 @@ def bench_store(
 
     with tempfile.TemporaryDirectory() as folder:
         typer.echo(measure(Path(folder), num_images=num_images, rounds=rounds))
+
+
+@bench.command("targets")
+@show_user_errors
+def bench_targets(
+    label_sets: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Label sets whose distinct classes per map are printed too.", metavar="[LABELS...]"),
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Images of the batch.", min=2)] = 128,
+    rounds: Rounds = 5,
+) -> None:
+    """Sparse targets and loss against the dense form, on the CPU: time, bytes and peak memory."""
+    try:
+        from jobs.bench.targets import NUM_DISTINCT, distinct_classes
+        from jobs.bench.targets import bench_targets as measure
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("jobs"):
+            raise
+        message = "the dense form to compare with is in jobs/, which is not installed; run this from a checkout"
+        raise ValueError(message) from error
+    for num_distinct in NUM_DISTINCT:
+        typer.echo(measure(num_images, num_distinct, rounds=rounds))
+    if label_sets:
+        typer.echo(distinct_classes(label_sets))

@@ -30,7 +30,11 @@ ALL = dict(walk(PROGRAM))
 
 def test_the_commands_that_are_promised_are_there() -> None:
     assert {names[0] for names in ALL if names} >= COMMANDS
-    assert {names[1] for names in ALL if names[:1] == ("bench",) and len(names) == 2} >= {"annotate", "store"}
+    assert {names[1] for names in ALL if names[:1] == ("bench",) and len(names) == 2} >= {
+        "annotate",
+        "store",
+        "targets",
+    }
 
 
 @pytest.mark.parametrize("names", ALL, ids=lambda names: " ".join(names) or "tokenlabels")

@@ -1,5 +1,6 @@
 """tokenlabels doctor, bench and demo: what the commands print and how they exit."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +90,25 @@ def test_bench_annotate_prints_its_figures(run: Run, pattern: str) -> None:
     assert result.exit_code == 0
     assert result.stdout.startswith("inline backend / bare teacher: ")
     assert len(result.stdout.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_bench_targets_prints_its_figures(run: Run, labels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.bench.targets.NUM_DISTINCT", (255,))
+    result = run("bench", "targets", labels, "--num-images", 2, "--rounds", 1)
+    assert result.exit_code == 0
+    for line in (
+        "2 maps of 255 distinct classes",
+        "maps to targets, sparse / dense: ",
+        "peak memory, sparse / dense: ",
+    ):
+        assert line in result.stdout
+    assert f"{labels}: " in result.stdout
+
+
+def test_bench_targets_asks_for_a_checkout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jobs.bench.targets", None)
+    monkeypatch.setattr(sys, "path", [])
+    result = run("bench", "targets")
+    assert result.exit_code == 2
+    assert "run this from a checkout" in result.stderr
