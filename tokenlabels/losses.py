@@ -19,10 +19,10 @@ from tokenlabels.sparse_targets import TokenTargets
 if TYPE_CHECKING:
     from tokenlabels.mixing import MixPlan
 
-# Bytes of the temporaries of one piece: on the CPU what stays in the caches of a few cores (1 to 8 MiB are within a
-# tenth of the best, 16 MiB are not), on an accelerator enough for full speed with few kernels.
-CPU_PIECE_BYTES = 4 * 2**20
-ACCELERATOR_PIECE_BYTES = 128 * 2**20
+# Logits that are worked on at a time. On the CPU their temporaries (4 MiB in float32) stay in the caches; an
+# accelerator gets enough (128 MiB) to run at full speed with few kernels.
+CPU_PIECE = 2**20
+ACCELERATOR_PIECE = 2**25
 Piece = tuple[slice, slice]
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -84,16 +84,15 @@ def token_label_loss(
             round(keep_tokens * N) random tokens, at least one, take part.
         ground_truth: integer [B], the data set's labels of the unmixed images; None trusts the teacher alone.
         ground_truth_weights: weight of that label in the image-level row where it is the teacher's most probable class,
-            and elsewhere. The published code decides this on mixed targets, with the same 0.5 and 0.1 (it writes 0.5
-            and 0.9 for the teacher's share); here it is decided image by image, before mixing.
+            and elsewhere. The published code has the same weights (as 0.5 and 0.9 for the teacher's row) but decides
+            on mixed targets; here it is decided image by image, before mixing.
         generator: draws the tokens that take part, on its device; None takes the default one of the targets' device.
 
     Returns:
         Scalar; float32, or float64 if logits are.
 
     Raises:
-        ValueError: input of another shape, dtype, device, batch, grid or number of classes than the targets', or a
-            number out of its range.
+        ValueError: a tensor whose shape, dtype or device does not fit the targets, or a number out of its range.
     """
     terms = _Terms(image_weight, dense_weight, keep_tokens, generator)
     targets = _supervision(targets, plan, ground_truth, ground_truth_weights)
@@ -162,7 +161,9 @@ def chunked_token_label_loss(
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(logits: Tensor, classes: Tensor, weights: Tensor, background: Tensor) -> Tensor:
-        losses = torch.empty(background.shape, dtype=_compute_dtype(logits), device=logits.device)
+        losses = torch.empty(
+            background.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device
+        )
         absent = weights == 0
         for here in _pieces(logits):
             log_probs = torch.log_softmax(logits[here], dim=-1, dtype=losses.dtype)
@@ -192,7 +193,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Terms:
-    """How the two terms of the loss are weighed, and which share of the tokens takes part."""
+    """How the terms of the loss are weighed, and which share of the tokens takes part."""
 
     image_weight: float
     dense_weight: float
@@ -254,19 +255,13 @@ def _slots(classes: Tensor, weights: Tensor, here: Piece) -> Tensor:
     return classes[here[0], None].expand(weights[here].shape)
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
 def _pieces(logits: Tensor) -> list[Piece]:
-    """Slices of images and of their rows, so that the temporaries of one piece stay within the budget."""
+    """Slices of images and of their rows, so that no temporary is larger than one piece (or row)."""
     if torch.compiler.is_compiling():
         return [(slice(None), slice(None))]
     num_images, num_rows, num_classes = logits.shape
-    budget = CPU_PIECE_BYTES if logits.device.type == "cpu" else ACCELERATOR_PIECE_BYTES
-    num_affordable = max(1, budget // (num_classes * _compute_dtype(logits).itemsize))
-    row_step = min(num_rows, num_affordable)
-    image_step = max(1, num_affordable // num_rows)
+    num_affordable = max(1, (CPU_PIECE if logits.device.type == "cpu" else ACCELERATOR_PIECE) // num_classes)
+    image_step, row_step = max(1, num_affordable // num_rows), min(num_rows, num_affordable)
     return [
         (slice(image, image + image_step), slice(row, row + row_step))
         for image in range(0, num_images, image_step)
@@ -292,9 +287,7 @@ def _check_sparse(logits: Tensor, classes: Tensor, weights: Tensor, background: 
     if classes.device.type == "cpu" and classes.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in classes.aminmax())
         if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"classes must be in 0..{num_classes - 1} as logits have K = {num_classes}, got {low}..{high}"
-            )
+            raise ValueError(f"classes must be in 0..{num_classes - 1} as logits have them, got {low}..{high}")
 
 
 def _check_match(name: str, tensor: Tensor, shape: list[int], targets: TokenTargets) -> None:
@@ -304,6 +297,4 @@ def _check_match(name: str, tensor: Tensor, shape: list[int], targets: TokenTarg
     if list(tensor.shape) != shape or tensor.dtype not in LOGITS_DTYPES:
         raise ValueError(f"{name} must be floating {shape} to match {targets!r}, got {describe(tensor)}")
     if tensor.device != targets.device:
-        raise ValueError(
-            f"{name} must be on {targets.device} as targets are, got {describe(tensor)}; move one with .to()"
-        )
+        raise ValueError(f"{name} must be on {targets.device} as targets are, got {describe(tensor)}; move one")

@@ -37,7 +37,7 @@ class MixPlan:
       (B even), "batch" one set for all.
     * prob: probability, 0..1, that a parameter set mixes at all; `own` is 1 everywhere otherwise.
     * pairing: "permutation" draws partners at random, all samples in one cycle or, per pair, in disjoint pairs;
-      "flip" takes B - 1 - i (B even). No sample is ever its own partner.
+      "flip" takes B - 1 - i (B even). No sample is its own partner.
     * generator: every number comes from it, on its device; the plan depends on nothing but its state. None takes
       torch's default generator of the CPU.
     * device: where the plan goes; None leaves it on the generator's device.
@@ -45,7 +45,7 @@ class MixPlan:
     They raise ValueError for arguments that are not allowed.
 
     Attributes:
-        partner: int64 [B], in 0..B-1 and never i itself.
+        partner: int64 [B], in 0..B-1; i itself only where own is 1 everywhere.
         own: float32 [B, h, w] in 0..1, on a grid laid over the image: pixels (CutMix), tokens (MixToken, patches) or
             the image as a whole (MixUp, 1 x 1). 1 everywhere leaves a sample unmixed.
     """
@@ -54,8 +54,8 @@ class MixPlan:
     own: Tensor
 
     def __post_init__(self) -> None:
-        if self.partner.ndim != 1 or self.partner.dtype != torch.int64 or len(self.partner) < 2:
-            raise ValueError(f"partner must be int64 [B] with B at least 2, got {describe(self.partner)}")
+        if self.partner.ndim != 1 or self.partner.dtype != torch.int64 or len(self.partner) == 0:
+            raise ValueError(f"partner must be int64 [B] with B above 0, got {describe(self.partner)}")
         own = self.own
         if own.ndim != 3 or own.dtype != torch.float32 or len(own) != len(self.partner) or 0 in own.shape:
             wanted = f"float32 [{len(self.partner)}, h, w] with a row for every partner and h, w above 0"
@@ -69,10 +69,11 @@ class MixPlan:
         last = len(self) - 1
         if int(self.partner.min()) < 0 or int(self.partner.max()) > last:
             raise ValueError(f"partner must be in 0..{last}, got {int(self.partner.min())}..{int(self.partner.max())}")
-        alone = (self.partner == torch.arange(len(self), device=self.partner.device)).nonzero().flatten().tolist()
-        if alone:
+        with_itself = (self.partner == torch.arange(len(self))) & (self.own != 1).flatten(1).any(dim=1)
+        if bool(with_itself.any()):
+            samples = with_itself.nonzero().flatten().tolist()
             raise ValueError(
-                f"samples {alone} are their own partners; give them any other one (own = 1 keeps a sample unmixed)"
+                f"samples {samples} are mixed with themselves; give them other partners, or own = 1 to stay unmixed"
             )
         low, high = (float(value) for value in self.own.aminmax())
         if not 0 <= low <= high <= 1:

@@ -268,8 +268,7 @@ PARTNER, OWN = torch.tensor([1, 0]), torch.ones(2, 3, 3)
     [
         pytest.param(PARTNER.int(), OWN, "partner must be int64", id="int32 partner"),
         pytest.param(PARTNER[None], OWN, "partner must be int64", id="partner of two dimensions"),
-        pytest.param(PARTNER[:0], OWN[:0], "B at least 2", id="empty"),
-        pytest.param(PARTNER[1:], OWN[:1], "B at least 2", id="one sample"),
+        pytest.param(PARTNER[:0], OWN[:0], "B above 0", id="empty"),
         pytest.param(PARTNER, OWN.double(), "own must be float32", id="float64 own"),
         pytest.param(PARTNER, OWN[0], "own must be float32", id="one own for all"),
         pytest.param(PARTNER, torch.ones(3, 3, 3), "own must be float32", id="own of three samples"),
@@ -277,7 +276,7 @@ PARTNER, OWN = torch.tensor([1, 0]), torch.ones(2, 3, 3)
         pytest.param(PARTNER, OWN.to("meta"), "own must be on cpu", id="two devices"),
         pytest.param(PARTNER + 1, OWN, r"partner must be in 0\.\.1, got 1\.\.2", id="partner too large"),
         pytest.param(PARTNER - 1, OWN, r"partner must be in 0\.\.1, got -1\.\.0", id="negative partner"),
-        pytest.param(PARTNER.flip(0), OWN, r"samples \[0, 1\] are their own partners", id="own partner"),
+        pytest.param(PARTNER.flip(0), OWN / 2, r"samples \[0, 1\] are mixed with themselves", id="own partner"),
         pytest.param(PARTNER, OWN * 1.5, r"own must be in 0\.\.1 .*got 1\.5\.\.1\.5", id="own above 1"),
         pytest.param(PARTNER, -OWN, r"own must be in 0\.\.1", id="own below 0"),
         pytest.param(PARTNER, OWN * float("nan"), r"own must be in 0\.\.1", id="own nan"),
@@ -286,6 +285,12 @@ PARTNER, OWN = torch.tensor([1, 0]), torch.ones(2, 3, 3)
 def test_bad_plans(partner: Tensor, own: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MixPlan(partner, own)
+
+
+def test_who_stays_unmixed_may_be_named_as_the_own_partner() -> None:
+    plan = MixPlan(torch.tensor([0]), torch.ones(1, 2, 2))
+    images = torch.randn(1, 3, 4, 4)
+    assert torch.equal(plan.mix(images), images)
 
 
 @pytest.mark.parametrize(
