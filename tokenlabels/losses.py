@@ -143,17 +143,18 @@ def chunked_token_label_loss(
     terms = _Terms(image_weight, dense_weight, keep_tokens, generator)
     targets = _supervision(targets, plan, ground_truth, ground_truth_weights)
     _check_match("image_logits", image_logits, [len(targets), targets.num_classes], targets)
-    features_shape = [len(targets), targets.num_tokens, *token_features.shape[2:]]
-    _check_match("token_features", token_features, features_shape, targets)
+    _check_match("token_features", token_features, [*targets.valid[:, 1:].shape, *token_features.shape[2:]], targets)
     if images_per_chunk < 1:
         raise ValueError(f"images_per_chunk must be at least 1, got {images_per_chunk}")
 
-    def classified_losses(images: slice) -> Tensor:
-        return _token_losses("the classifier's output", classifier(token_features[images]), targets, images)
+    def classified_losses(features: Tensor, first: int) -> Tensor:
+        images = slice(first, first + len(features))
+        return _token_losses("the classifier's output", classifier(features), targets, images)
 
+    # Split, not sliced: every slice would make a gradient of the size of all features.
     token_losses = [
-        checkpoint(classified_losses, slice(start, start + images_per_chunk), use_reentrant=False)
-        for start in range(0, len(targets), images_per_chunk)
+        checkpoint(classified_losses, features, i * images_per_chunk, use_reentrant=False)
+        for i, features in enumerate(torch.split(token_features, images_per_chunk))
     ]
     return terms.total(image_logits, torch.cat(token_losses), targets)
 
@@ -202,8 +203,7 @@ class _Terms:
 
     def __post_init__(self) -> None:
         for name in ("image_weight", "dense_weight"):
-            weight = getattr(self, name)
-            if not 0 <= weight < math.inf:
+            if not 0 <= (weight := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be finite and 0 or more, got {weight}")
         if not 0 < self.keep_tokens <= 1:
             raise ValueError(f"keep_tokens must be above 0 and at most 1 (all tokens), got {self.keep_tokens}")
