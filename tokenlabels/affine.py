@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenlabels.boxes import check_alike, check_boxes
-from tokenlabels.checks import check_float, check_grid, describe, has_values
+from tokenlabels.checks import check_float, check_grid, check_tensor, describe, has_values
 from tokenlabels.geometry import BORDER_TOLERANCE
 
 
@@ -132,6 +132,7 @@ def apply_affine(affine: Tensor, points_xy: Tensor) -> Tensor:
         [..., P, 2].
     """
     check_affine("affine", affine)
+    check_tensor("points_xy", points_xy)
     if points_xy.ndim < 2 or points_xy.shape[-1] != 2:
         raise ValueError(f"points_xy must be [..., P, 2], got {describe(points_xy)}")
     check_alike("affine", affine, "points_xy", points_xy, (2, 2))
@@ -196,6 +197,7 @@ def valid_tokens(output_to_source: Tensor, grid: Sequence[int], region: Tensor |
 
 def check_affine(name: str, affine: Tensor) -> None:
     """Refuse maps of another shape or dtype; on the CPU, also what is not finite."""
+    check_tensor(name, affine)
     if affine.ndim < 2 or affine.shape[-2:] != (2, 3):
         raise ValueError(f"{name} must be affine maps [..., 2, 3], got {describe(affine)}")
     check_float(name, affine)
@@ -228,6 +230,7 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
 
 
 def _check_flip(flip: Tensor, boxes: Tensor) -> None:
+    check_tensor("flip", flip)
     if flip.dtype != torch.bool or flip.shape != boxes.shape[:-1] or flip.device != boxes.device:
         raise ValueError(
             f"flip must be bool {list(boxes.shape[:-1])} on {boxes.device} as the boxes are, got {describe(flip)}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import check_float, check_grid, describe, has_values
+from tokenlabels.checks import check_float, check_grid, check_tensor, describe, has_values
 from tokenlabels.geometry import BORDER_TOLERANCE
 
 
@@ -129,6 +129,7 @@ def _corners(boxes: Tensor) -> Tensor:
 
 def check_boxes(name: str, boxes: Tensor, *, may_be_empty: bool = True) -> None:
     """Refuse boxes of another shape or dtype; on the CPU, also inverted ones and what is not finite."""
+    check_tensor(name, boxes)
     if boxes.ndim == 0 or boxes.shape[-1] != 4:
         raise ValueError(f"{name} must be xyxy boxes [..., 4], got {describe(boxes)}")
     check_float(name, boxes)

@@ -5,13 +5,12 @@ itself and 0 where its partner shows. Numbers called `uniform` are floating, in 
 """
 
 import math
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import Grid
+from tokenlabels.checks import Grid, check_generator, check_share, is_number
 
 Per = Literal["sample", "pair", "batch"]
 """Who shares one parameter set. sample: nobody. pair: two samples, each the other's partner. batch: everybody."""
@@ -47,7 +46,7 @@ class MixDraw:
     ) -> None:
         _check_pairs(batch_size, per, pairing)
         check_share("prob", prob)
-        _check_generator(generator)
+        check_generator(generator)
         self._generator = generator
         self._device = torch.device("cpu") if generator is None else generator.device
         index = torch.arange(batch_size, device=self._device)
@@ -71,9 +70,9 @@ class MixDraw:
 
     def lam(self, alpha: float, name: str = "alpha") -> Tensor:
         """float64 [S], the share to keep: from Beta(alpha, alpha), or 1 in a set that does not mix at all."""
-        if not _is_number(alpha) or not 0 < alpha < math.inf:
+        if not is_number(alpha) or not 0 < alpha < math.inf:
             raise ValueError(f"{name} must be a finite number above 0, got {alpha!r}; prob=0.0 mixes nothing")
-        return torch.where(self._mixes, symmetric_beta(alpha, self.uniform(2)), 1.0)
+        return symmetric_beta(alpha, self.uniform(2)).masked_fill(~self._mixes, 1.0)
 
     def cutmix_masks(self, lam: Tensor, size: Grid) -> Tensor:
         """Masks of CutMix boxes [S, h, w] with centres anywhere in an area of `size` (h, w)."""
@@ -207,23 +206,6 @@ def _inside(boxes_xyxy: Tensor, size: Grid) -> Tensor:
 
 def _num_taken(lam: Tensor, grid: Grid) -> Tensor:
     return ((1 - lam) * (grid[0] * grid[1])).round().long()
-
-
-def check_share(name: str, share: float) -> None:
-    """Refuse what is not a number in 0..1."""
-    if not _is_number(share) or not 0 <= share <= 1:
-        raise ValueError(f"{name} must be a number in 0..1, got {share!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_generator(generator: object) -> None:
-    if not isinstance(generator, torch.Generator | None):
-        raise ValueError(
-            f"generator must be a torch.Generator or None, got {generator!r}; torch.Generator().manual_seed(0) is one"
-        )
 
 
 def _check_pairs(batch_size: Any, per: Per, pairing: Pairing) -> None:

@@ -12,14 +12,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import check_grid, describe, has_values
+from tokenlabels.checks import check_grid, check_share, check_tensor, describe, has_values
 from tokenlabels.masks import (
     BLOCK_ROUNDS,
     MixDraw,
     Pairing,
     Per,
     blockwise_masks,
-    check_share,
     random_patch_masks,
 )
 from tokenlabels.sparse_targets import TokenTargets
@@ -54,10 +53,12 @@ class MixPlan:
     own: Tensor
 
     def __post_init__(self) -> None:
-        if self.partner.ndim != 1 or self.partner.dtype != torch.int64 or len(self.partner) == 0:
+        check_tensor("partner", self.partner)
+        check_tensor("own", self.own)
+        if self.partner.ndim != 1 or self.partner.dtype != torch.int64 or self.partner.shape[0] == 0:
             raise ValueError(f"partner must be int64 [B] with B above 0, got {describe(self.partner)}")
         own = self.own
-        if own.ndim != 3 or own.dtype != torch.float32 or len(own) != len(self.partner) or 0 in own.shape:
+        if own.ndim != 3 or own.dtype != torch.float32 or own.shape[0] != self.partner.shape[0] or 0 in own.shape:
             wanted = f"float32 [{len(self.partner)}, h, w] with a row for every partner and h, w above 0"
             raise ValueError(f"own must be {wanted}, got {describe(own)}")
         if own.device != self.partner.device:
@@ -205,7 +206,8 @@ class MixPlan:
     def mix(self, x: Tensor) -> Tensor:
         """``x * own + x[partner] * (1 - own)`` (Token Labeling eq. 5), in the dtype of x.
 
-        Half precision is mixed in float32 and rounded once; where own is 0 or 1 the values are those of one sample.
+        Half precision is mixed in float32 and rounded once; where own is 0 or 1, finite values are those of one
+        sample.
 
         Args:
             x: floating [B, C, H, W] with H, W whole multiples of h, w, or tokens [B, N, D] in row-major order with
@@ -241,7 +243,7 @@ class MixPlan:
         rows, columns = check_grid(grid)
         _, height, width = self.own.shape
         if height % rows == 0 and width % columns == 0:
-            return self.own.reshape(len(self), rows, height // rows, columns, width // columns).mean(dim=(2, 4))
+            return self.own.reshape(-1, rows, height // rows, columns, width // columns).mean(dim=(2, 4))
         # float64 is left alone by autocast and by the settings that let float32 products be rounded (TF32, bfloat16).
         over_rows = _overlaps(rows, height, self.own.device)
         over_columns = _overlaps(columns, width, self.own.device)
@@ -257,7 +259,9 @@ class MixPlan:
         Args:
             targets: of B images, on the plan's device.
         """
-        if len(targets) != len(self) or targets.device != self.partner.device:
+        if not isinstance(targets, TokenTargets):
+            raise ValueError(f"targets must be TokenTargets, got {type(targets).__name__}; see TokenTargets.from_dense")
+        if targets.classes.shape[0] != self.partner.shape[0] or targets.device != self.partner.device:
             raise ValueError(
                 f"the plan mixes {len(self)} samples on {self.partner.device}, got targets of {len(targets)} on "
                 f"{targets.device}; draw a plan for this batch, and move one with .to(device)"
@@ -288,10 +292,11 @@ class MixPlan:
 
     def __repr__(self) -> str:
         num_samples, height, width = self.own.shape
-        share = f"mean share {float(self.own.mean()):.3f}"
-        return f"MixPlan({num_samples} samples, own {height}x{width}, {share}, on {self.own.device})"
+        share = f", mean share {float(self.own.mean()):.3f}" if has_values(self.own) else ""
+        return f"MixPlan({num_samples} samples, own {height}x{width}{share}, on {self.own.device})"
 
     def _check_mixable(self, x: Tensor) -> None:
+        check_tensor("x", x)
         num_samples, height, width = self.own.shape
         plan = f"a plan of {num_samples} samples with own {height}x{width}"
         if x.ndim not in (3, 4) or 0 in x.shape or len(x) != num_samples:
@@ -301,6 +306,11 @@ class MixPlan:
             raise ValueError(f"only floating values can be mixed, got {describe(x)}; convert and normalise them first")
         if x.device != self.own.device:
             raise ValueError(f"the plan is on {self.own.device}, got {describe(x)}; move one of them with .to(device)")
+        if x.ndim == 4 and x.shape[1:3] == (height, width) != x.shape[2:] and (height, width) != (1, 1):
+            raise ValueError(
+                f"{plan} mixes images with channels first, got {describe(x)}, which looks like channels last; "
+                "flatten tokens [B, h, w, D] to [B, N, D], or permute"
+            )
         if x.ndim == 4 and (x.shape[2] % height or x.shape[3] % width):
             raise ValueError(
                 f"{plan} mixes images whose sides are whole multiples of {height} and {width}, got {describe(x)}; "

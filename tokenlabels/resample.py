@@ -48,8 +48,9 @@ def affine_operator(
 ) -> tuple[Tensor, Tensor]:
     """Point sampling under an affine map: the weight of every cell in every token.
 
-    The samples of a token lie as those of RoIAlign in the output image, as many as its extent in cells asks for, so
-    that an affine map that only crops and mirrors gives what `box_operator` gives.
+    The samples of a token lie as those of RoIAlign in the output image, as many as its extent in cells asks for, up to
+    those of an output that shows the whole map. An affine map that only crops and mirrors gives what `box_operator`
+    gives.
 
     Args:
         output_to_map: float64 [B, 2, 3], from the output image to the map, both 0..1.
@@ -63,8 +64,8 @@ def affine_operator(
             over all of them where none does; it sums to 1.
         any_inside: bool [B, N], whether a sample of the token lies inside the region.
     """
-    size_xy = torch.tensor(cells[::-1], dtype=torch.float64, device=output_to_map.device)
-    extent_xy = (output_to_map[:, :, :2] * size_xy[:, None]).norm(dim=1)
+    along_x, along_y = output_to_map[:, 0, :2] * cells[1], output_to_map[:, 1, :2] * cells[0]
+    extent_xy = torch.hypot(along_x, along_y)
     points_x, share_x = _sample_places(extent_xy[:, 0], grid[1], cells[1])
     points_y, share_y = _sample_places(extent_xy[:, 1], grid[0], cells[0])
     # Every sample of every token: [B, h, w, Sy, Sx].
@@ -79,6 +80,7 @@ def affine_operator(
     columns = _interpolate(_samples_last(u) * cells[1] - 0.5, cells[1], cell_range[:, 0], cell_range[:, 2])
     rows = _interpolate(_samples_last(v) * cells[0] - 0.5, cells[0], cell_range[:, 1], cell_range[:, 3])
     total = share.sum(dim=2, keepdim=True)
+    # No sample inside makes 0 / 0, which is not chosen.
     share = torch.where(total > 0, share / total, all_samples)
     return ((rows * share[..., None]).mT @ columns).flatten(2), total[..., 0] > 0
 

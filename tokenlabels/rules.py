@@ -31,9 +31,10 @@ def softmax_with_absent(logits_BRU: Tensor, is_listed_BU: Tensor, num_absent_B: 
     unlisted, num_absent = ~is_listed_BU[:, None], num_absent_B[:, None, None]
     logits = logits_BRU.masked_fill_(unlisted, -torch.inf)
     # Absent classes take part in the maximum only where there are some: with all K listed, every logit may be tiny.
-    floor = torch.where(num_absent > 0, 0.0, -torch.inf).to(logits.dtype)
-    top = torch.maximum(logits.amax(dim=2, keepdim=True), floor)
-    absent = torch.where(num_absent > 0, torch.exp(-top), 0)
+    none_absent = num_absent == 0
+    highest = logits.amax(dim=2, keepdim=True)
+    top = torch.where(none_absent, highest, highest.clamp(min=0))
+    absent = torch.exp(-top).masked_fill(none_absent, 0)
     weights = logits.sub_(top).exp_()
     total = weights.sum(dim=2, keepdim=True) + num_absent * absent
     return weights.sub_(absent).div_(total).masked_fill_(unlisted, 0), (absent / total)[..., 0]

@@ -11,7 +11,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import Grid, check_grid, check_labels, check_values, describe
+from tokenlabels.checks import (
+    Grid,
+    check_count,
+    check_grid,
+    check_labels,
+    check_share,
+    check_tensor,
+    check_values,
+    describe,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +49,20 @@ class TokenTargets:
     num_classes: int
 
     def __post_init__(self) -> None:
+        if self.grid is not None:
+            check_grid(self.grid)
+        check_count("num_classes", self.num_classes)
         rows = 1 + self.num_tokens
-        if self.classes.ndim != 2 or self.classes.dtype != torch.int64:
-            raise ValueError(f"classes must be int64 [B, U], got {describe(self.classes)}")
+        for name in ("classes", "weights", "background", "valid"):
+            check_tensor(name, getattr(self, name))
+        if self.classes.ndim != 2 or self.classes.dtype != torch.int64 or 0 in self.classes.shape:
+            raise ValueError(f"classes must be int64 [B, U] without empty sides, got {describe(self.classes)}")
+        check_values(
+            "classes",
+            self.classes,
+            (self.classes >= 0) & (self.classes < self.num_classes),
+            f"must be in 0..{self.num_classes - 1}",
+        )
         num_images, num_listed = self.classes.shape
         for name, dtype, shape in (
             ("weights", torch.float32, (num_images, rows, num_listed)),
@@ -59,12 +79,13 @@ class TokenTargets:
         """Targets from all K probabilities of every row.
 
         The value that more than half of the classes of a row share becomes its background, so that sparse targets
-        stay sparse; targets without such a value are kept whole (U = K).
+        stay sparse; targets without such a value are kept whole (U = K). A row of zeros is one without target.
 
         Args:
             target: floating [B, 1 + N, K], image-level row first.
             grid: (h, w) with h * w = N; None takes a square grid.
         """
+        check_tensor("target", target)
         if target.ndim != 3 or not target.is_floating_point() or 0 in target.shape:
             raise ValueError(f"target must be floating [B, 1 + N, K] without empty sides, got {describe(target)}")
         check_values("target", target, target.isfinite(), "must be finite")
@@ -77,7 +98,7 @@ class TokenTargets:
         # A stable sort brings the listed classes to the front, in order of their ids; the rest have weight 0.
         classes = listed_BK.logical_not().sort(dim=1, stable=True).indices[:, :num_listed]
         weights = weights_BRK.gather(2, classes[:, None].expand(num_images, num_rows, num_listed))
-        valid = torch.ones_like(background, dtype=torch.bool)
+        valid = target.ne(0).any(dim=-1)
         return cls(
             classes,
             weights,
@@ -95,6 +116,7 @@ class TokenTargets:
             labels: integer [B], ids in 0..num_classes-1.
             num_classes: K.
         """
+        check_count("num_classes", num_classes)
         check_labels(labels, num_classes)
         classes = labels.long()[:, None]
         weights = torch.ones(classes.shape, device=labels.device)[:, None]
@@ -123,15 +145,14 @@ class TokenTargets:
         return target.scatter_add_(2, index, self.weights)
 
     def smooth(self, eps: float) -> Self:
-        """Label smoothing: ``(1 - eps) * target + eps / K``, so that rows that sum to 1 still do.
+        """Label smoothing: ``(1 - eps) * target + eps / K``, so that rows that sum to 1 still do (up to rounding).
 
         The rows of the published code sum to 1 + eps / K after its smoothing.
 
         Args:
             eps: share that is spread over all classes, 0..1.
         """
-        if not 0 <= eps <= 1:
-            raise ValueError(f"eps must be in 0..1, got {eps}")
+        check_share("eps", eps)
         background = self.background * (1 - eps) + self.valid * (eps / self.num_classes)
         return replace(self, weights=self.weights * (1 - eps), background=background)
 
@@ -145,16 +166,15 @@ class TokenTargets:
 
         Mix images afterwards: whether teacher and label agree is asked image by image, not of their mixture.
         """
-        for name, weight in (("agree", agree), ("disagree", disagree)):
-            if not 0 <= weight <= 1:
-                raise ValueError(f"{name} must be in 0..1, got {weight}")
+        check_share("agree", agree)
+        check_share("disagree", disagree)
         check_labels(labels, self.num_classes, num_images=len(self), device=self.device)
         labels = labels.long()[:, None]
         row_BU = self.weights[:, 0]
         label_weight = (row_BU * (self.classes == labels)).sum(dim=1)
         # The background is a candidate too (weight 0): teachers can find all listed classes unlikely.
         agrees = label_weight >= row_BU.amax(dim=1).clamp(min=0)
-        share = torch.where(agrees & self.valid[:, 0], agree, disagree).masked_fill(~self.valid[:, 0], 1.0)
+        share = torch.full_like(label_weight, disagree).masked_fill(agrees, agree).masked_fill(~self.valid[:, 0], 1.0)
         keep = torch.ones_like(self.background)
         keep[:, 0] -= share
         added = torch.zeros_like(self.weights[..., :1])

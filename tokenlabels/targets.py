@@ -7,25 +7,31 @@ Legend: B images, H x W cells, k stored classes per cell, K classes, U listed cl
 image-level row first, then N = h * w tokens, row-major.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tokenlabels.affine import valid_tokens
-from tokenlabels.boxes import check_boxes, image_in_map, valid_range
-from tokenlabels.checks import FLOATS, Grid, check_device, check_grid, check_values, describe, is_integer
-from tokenlabels.geometry import BORDER_TOLERANCE
+from tokenlabels.boxes import check_boxes, valid_range
+from tokenlabels.checks import Grid, check_count, check_grid, check_values
 from tokenlabels.precision import without_autocast, work_dtype
 from tokenlabels.resample import affine_operator, box_operator
 from tokenlabels.rules import calibrate, softmax_with_absent, spread
 from tokenlabels.sparse_targets import TokenTargets
+from tokenlabels.target_inputs import (
+    FARTHEST,
+    NORMALISED,
+    InterpolationRule,
+    check_coordinates,
+    check_crops,
+    check_flip,
+    check_maps,
+    visible_part,
+)
 from tokenlabels.vocabulary import Vocabulary, find_vocabulary
 
 __all__ = ["InterpolationRule", "TokenTargets", "affine_token_targets", "token_targets"]
-
-InterpolationRule = Literal["logits", "probs"]
 
 # What a chunk of maps may take on the CPU, so that it stays in the cache from one step to the next.
 CHUNK_BYTES = 2**20
@@ -59,7 +65,7 @@ def token_targets(
     Args:
         scores: float16 or float32 [B, H, W, k], teacher logits.
         classes: integer [B, H, W, k], ids in 0..num_classes-1, distinct within a cell.
-        boxes: float32 or float64 [B, 4], the crop in the map, xyxy in 0..1.
+        boxes: float32 or float64 [B, 4], the crop in the map, xyxy in 0..1; with `views`, within the image.
         flip: bool [B], mirrors left-right after cropping.
         grid: rows and columns of tokens (h, w); None makes the image-level row alone (the supervision of ReLabel).
         num_classes: K.
@@ -72,17 +78,18 @@ def token_targets(
             host waits where the maps are on an accelerator.
 
     Returns:
-        Targets within 2e-6 of a float64 computation.
+        Targets within 2e-6 of a float64 computation, for scores up to about 50; float32 has no finer steps beyond.
 
     Raises:
-        ValueError: wrong shape, dtype or device; and, seen on the CPU alone, scores that are not finite, ids outside
-            0..num_classes-1, boxes outside 0..1 or without area, tail outside 0..1. On an accelerator such a box gives
-            targets of NaN, because looking at it would make the host wait.
+        ValueError: wrong shape, dtype or device; and, seen on the CPU outside compiled code alone, scores that are not
+            finite, ids outside 0..num_classes-1, boxes outside 0..1 (or the image) or without area, tail outside 0..1,
+            a vocabulary of other maps. Elsewhere looking at values would make the host wait, or break the graph; such
+            a box gives targets of NaN there.
     """
-    _check_maps(scores, classes, tail, views, interpolate)
-    boxes = _check_boxes(boxes, scores)
-    if flip is not None and (flip.shape != boxes.shape[:1] or flip.dtype != torch.bool or flip.device != scores.device):
-        raise ValueError(f"flip must be bool [{len(boxes)}] on {scores.device}, got {describe(flip)}")
+    check_maps(scores, classes, tail, views, interpolate)
+    boxes = check_crops(boxes, visible_part(views, scores), scores)
+    if flip is not None:
+        check_flip(flip, scores)
     grid = None if grid is None else check_grid(grid)
     cells = _cells(scores)
     column, row, last_column, last_row = _readable_cells(views, scores).unbind(dim=1)
@@ -128,11 +135,13 @@ def affine_token_targets(
 ) -> TokenTargets:
     """The soft targets of images that were also rotated, sheared or translated, or cropped beyond their map.
 
-    Every token is the mean of sample points spread over it in the output image, as many as RoIAlign takes, each
-    brought to the map by the affine map and interpolated there: without rotation and shear the targets are those of
-    `token_targets`. A token whose centre falls outside the map (or outside the image with `views`, or outside
-    `region`) is marked invalid and takes no part in the loss; the image-level row is the mean over the points that
-    fall inside.
+    Every token is the mean of sample points spread over it in the output image, each brought to the map by the affine
+    map and interpolated there. They are as many as RoIAlign takes, but no more than for an output that shows the whole
+    map: crops and flips alone give the targets of `token_targets`, unless the extent of a token is a whole number of
+    cells and the rounding of the map decides how many samples it takes.
+
+    A token whose centre falls outside the map (or outside the image with `views`, or outside `region`) is marked
+    invalid and takes no part in the loss; the image-level row is the mean over the points that fall inside.
 
     Args:
         output_to_map: float32 or float64 [B, 2, 3], from the output image to the map, both 0..1, x first; see
@@ -143,17 +152,17 @@ def affine_token_targets(
 
     The other arguments, the result and the errors are those of `token_targets`.
     """
-    _check_maps(scores, classes, tail, views, interpolate)
-    _check_coordinates("output_to_map", output_to_map, scores, 2, 3)
-    check_values("output_to_map", output_to_map, output_to_map.isfinite(), "must be finite")
+    check_maps(scores, classes, tail, views, interpolate)
+    check_coordinates("output_to_map", output_to_map, scores, 2, 3)
+    check_values("output_to_map", output_to_map, output_to_map.abs() <= FARTHEST, NORMALISED)
     grid = check_grid(grid)
     output_to_map = output_to_map.double()
     readable = _readable_cells(views, scores)
-    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64, device=scores.device).expand(len(scores), 4)
-    visible = whole if views is None else image_in_map(views.double())
+    visible = visible_part(views, scores)
     if region is not None:
-        _check_coordinates("region", region, scores, 4)
+        check_coordinates("region", region, scores, 4)
         check_boxes("region", region, may_be_empty=False)
+        check_values("region", region, region.abs() <= FARTHEST, NORMALISED)
         inner = region.double()
         low, high = torch.maximum(visible, inner)[:, :2], torch.minimum(visible, inner)[:, 2:]
         visible = torch.cat([low, torch.maximum(low, high)], dim=1)
@@ -182,6 +191,9 @@ def _targets(
     interpolate: InterpolationRule,
 ) -> TokenTargets:
     """Resample the listed classes of a few images at a time and turn them into weights above a background."""
+    check_count("num_classes", num_classes)
+    if not isinstance(vocabulary, Vocabulary | None):
+        raise ValueError(f"vocabulary must come from find_vocabulary, got {type(vocabulary).__name__}")
     if vocabulary is None:
         vocabulary = find_vocabulary(classes, num_classes)
     vocabulary.check(classes, num_classes)
@@ -206,12 +218,13 @@ def _targets(
     return TokenTargets(vocabulary.classes, weights, background, valid, grid, num_classes)
 
 
-def _chunks(scores: Tensor, num_listed: int) -> Iterator[slice]:
+def _chunks(scores: Tensor, num_listed: int) -> list[slice]:
     """Few images at a time on the CPU, all of them elsewhere and in compiled code."""
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
     num_images, height, width, _ = scores.shape
-    whole = scores.device.type != "cpu" or torch.compiler.is_compiling()
-    step = num_images if whole else max(1, CHUNK_BYTES // (height * width * num_listed * 4))
-    return (slice(start, min(start + step, num_images)) for start in range(0, num_images, step))
+    step = max(1, CHUNK_BYTES // (height * width * num_listed * 4))
+    return [slice(start, start + step) for start in range(0, num_images, step)]
 
 
 def _cells(scores: Tensor) -> Grid:
@@ -223,41 +236,5 @@ def _readable_cells(views: Tensor | None, scores: Tensor) -> Tensor:
     if views is not None:
         return valid_range(views, _cells(scores))
     height, width = _cells(scores)
-    return torch.tensor([0, 0, width - 1, height - 1], device=scores.device).expand(len(scores), 4)
-
-
-def _check_maps(
-    scores: Tensor, classes: Tensor, tail: Tensor | None, views: Tensor | None, interpolate: InterpolationRule
-) -> None:
-    if scores.ndim != 4 or scores.dtype not in (torch.float16, *FLOATS) or 0 in scores.shape:
-        raise ValueError(f"scores must be float16 [B, H, W, k] without empty sides, got {describe(scores)}")
-    check_values("scores", scores, scores.isfinite(), "must be finite; verify the label set")
-    if classes.shape != scores.shape or not is_integer(classes):
-        raise ValueError(f"classes must be integer {list(scores.shape)} as the scores are, got {describe(classes)}")
-    check_device("classes", classes, scores)
-    if tail is not None:
-        if tail.shape != scores.shape[:-1] or not tail.is_floating_point():
-            raise ValueError(f"tail must be floating {list(scores.shape[:-1])}, got {describe(tail)}")
-        check_device("tail", tail, scores)
-        check_values("tail", tail, (tail >= 0) & (tail <= 1), "must be in 0..1; verify the label set")
-    if views is not None:
-        _check_coordinates("views", views, scores, 4)
-    if interpolate not in get_args(InterpolationRule):
-        raise ValueError(f"interpolate must be one of {get_args(InterpolationRule)}, got {interpolate!r}")
-
-
-def _check_boxes(boxes: Tensor, scores: Tensor) -> Tensor:
-    """Boxes in float64; on an accelerator, NaN where the CPU would refuse them."""
-    _check_coordinates("boxes", boxes, scores, 4)
-    low, high = boxes[:, :2], boxes[:, 2:]
-    good = ((low >= -BORDER_TOLERANCE) & (high <= 1 + BORDER_TOLERANCE) & (low < high)).all(dim=1, keepdim=True)
-    advice = "must be x0, y0, x1, y1 in 0..1 of the map with x0 < x1 and y0 < y1; affine_token_targets takes others"
-    check_values("boxes", boxes, good.expand_as(boxes), advice)
-    return boxes.double().masked_fill(~good, torch.nan)
-
-
-def _check_coordinates(name: str, tensor: Tensor, scores: Tensor, *sides: int) -> None:
-    """Refuse what is not float32 or float64 [B, *sides] on the device of the scores."""
-    if tensor.shape != (len(scores), *sides) or tensor.dtype not in FLOATS:
-        raise ValueError(f"{name} must be float32 {[len(scores), *sides]}, got {describe(tensor)}")
-    check_device(name, tensor, scores)
+    cells = (0, 0, width - 1, height - 1)
+    return torch.stack([scores.new_full((len(scores),), cell, dtype=torch.int64) for cell in cells], dim=1)

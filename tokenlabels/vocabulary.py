@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import describe, has_values, is_integer
+from tokenlabels.checks import check_count, check_tensor, describe, has_values, is_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,10 @@ class Vocabulary:
             )
         if self.slots.device != classes.device:
             raise ValueError(f"the vocabulary is on {self.slots.device}, the maps on {classes.device}; move it there")
+        if has_values(classes):
+            of_these_maps = self.classes.gather(1, self.slots.flatten(1).long()) == classes.long().flatten(1)
+            if not bool(of_these_maps.all()):
+                raise ValueError("the vocabulary lists other classes than the maps hold; find it from these maps")
 
     def __repr__(self) -> str:
         return f"Vocabulary({len(self.classes)} maps, {self.num_listed} of {self.num_classes} classes listed)"
@@ -68,12 +72,15 @@ def find_vocabulary(classes: Tensor, num_classes: int) -> Vocabulary:
         num_classes: K.
 
     Raises:
-        ValueError: another shape or dtype, an empty side, or (seen on the CPU alone) an id outside 0..num_classes-1.
+        ValueError: another shape or dtype, an empty side, or (seen on the CPU alone) an id outside 0..num_classes-1 or
+            twice in a cell.
     """
+    check_tensor("classes", classes)
+    check_count("num_classes", num_classes)
     if classes.ndim != 4 or not is_integer(classes) or 0 in classes.shape:
         raise ValueError(f"classes must be integer [B, H, W, k] without empty sides, got {describe(classes)}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if classes.shape[3] > num_classes:
+        raise ValueError(f"a cell cannot store {classes.shape[3]} of {num_classes} classes, got {describe(classes)}")
     ids = classes.long().flatten(1)
     if has_values(ids):
         _check_ids(ids, num_classes)
@@ -86,6 +93,8 @@ def find_vocabulary(classes: Tensor, num_classes: int) -> Vocabulary:
     every_id = torch.arange(num_classes, device=ids.device).expand_as(target)
     listed = torch.zeros(len(ids), num_listed + 1, dtype=torch.int64, device=ids.device).scatter_(1, target, every_id)
     slots = place_BK.to(torch.int16 if num_listed <= 32_767 else torch.int32).gather(1, ids).view(classes.shape)
+    if has_values(slots):
+        _check_distinct(slots, classes)
     return Vocabulary(listed[:, :num_listed].contiguous(), num_distinct, slots, num_classes)
 
 
@@ -104,3 +113,12 @@ def _check_ids(ids: Tensor, num_classes: int) -> None:
             f"class ids must be in 0..{num_classes - 1}, got {lowest}..{highest}; num_classes is the number "
             f"of classes of the label set, and an id of all ones marks a cell that was never written"
         )
+
+
+def _check_distinct(slots: Tensor, classes: Tensor) -> None:
+    ordered = slots.sort(dim=3).values
+    again = ordered[..., 1:] == ordered[..., :-1]
+    if bool(again.any()):
+        image, row, column = again.nonzero()[0, :3].tolist()
+        ids = classes[image, row, column].tolist()
+        raise ValueError(f"classes must be distinct within a cell, got {ids} in cell ({row}, {column}) of map {image}")

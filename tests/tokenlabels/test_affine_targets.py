@@ -213,7 +213,9 @@ def test_tokens_outside_the_region_are_marked() -> None:
         pytest.param(lambda m: m[:, :, :2], r"output_to_map must be", id="no translation"),
         pytest.param(lambda m: m.half(), r"got float16", id="half precision"),
         pytest.param(lambda m: m.to("meta"), r"must be on cpu", id="another device"),
-        pytest.param(lambda m: m * torch.nan, r"must be finite, got nan at \[0, 0, 0\]", id="NaN"),
+        pytest.param(lambda m: m * torch.nan, r"must be finite .* got nan at \[0, 0, 0\]", id="NaN"),
+        pytest.param(lambda m: m * 224, "divide pixels by its sides", id="pixels"),
+        pytest.param(lambda m: m.numpy(), r"must be a torch\.Tensor, got numpy\.ndarray", id="numpy"),
     ],
 )
 def test_bad_input_is_refused(spoil: Callable[[Tensor], Tensor], message: str) -> None:
@@ -227,6 +229,7 @@ def test_a_bad_region_is_refused() -> None:
     for region, message in (
         (torch.rand(1, 4), r"region must be float32 \[2, 4\]"),
         (torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 0.2, 1.0]]), "region must be finite with x0 < x1"),
+        (torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 224.0, 224.0]]), "divide pixels by its sides"),
     ):
         with pytest.raises(ValueError, match=message):
             affine_token_targets(maps["scores"], maps["classes"], augmented(2), region=region, num_classes=NUM_CLASSES)

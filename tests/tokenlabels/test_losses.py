@@ -12,9 +12,10 @@ from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenlabels import losses
+from tokenlabels import cross_entropy
 from tokenlabels.checks import Grid
-from tokenlabels.losses import chunked_token_label_loss, soft_cross_entropy, token_label_loss
+from tokenlabels.cross_entropy import soft_cross_entropy
+from tokenlabels.losses import chunked_token_label_loss, token_label_loss
 from tokenlabels.mixing import MixPlan
 from tokenlabels.sparse_targets import TokenTargets
 
@@ -75,7 +76,7 @@ def assert_equals_twin(logits: Tensor, sparse: Sparse) -> None:
 @pytest.fixture
 def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pieces in a small batch, some of which end inside an image."""
-    monkeypatch.setattr(losses, "CPU_PIECE", TINY_PIECE)
+    monkeypatch.setattr(cross_entropy, "CPU_PIECE", TINY_PIECE)
 
 
 SIZES = {
@@ -102,7 +103,7 @@ def test_value_and_gradient_are_those_of_the_dense_form(sizes: tuple[int, int, i
 @settings(max_examples=40, deadline=None)
 def test_any_size_in_any_pieces(sizes: tuple[int, int, int, int], piece: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "CPU_PIECE", piece)
+        patch.setattr(cross_entropy, "CPU_PIECE", piece)
         assert_equals_twin(draw_logits(*sizes[:3], seed=seed), draw_sparse(*sizes, seed=seed))
 
 
@@ -159,9 +160,35 @@ def test_gradcheck() -> None:
 
 def test_there_is_no_second_derivative() -> None:
     logits, sparse = draw_logits(1, 2, 3), draw_sparse(1, 2, 3, 1)
-    (first,) = grad(soft_cross_entropy(logits, *sparse).square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.backward(first.sum())
+    with pytest.raises(RuntimeError, match="no second derivative; leave out create_graph"):
+        grad(soft_cross_entropy(logits, *sparse).sum(), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_an_ignored_row_holds_reaches_nothing(value: float) -> None:
+    dense = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    dense[1, 3] = 0
+    targets = TokenTargets.from_dense(dense)
+    image_logits, token_logits = draw_logits(2, 1, 6)[:, 0], draw_logits(2, 4, 6).detach()
+    token_logits[1, 2] = value
+    token_logits.requires_grad_()
+    loss = token_label_loss(image_logits, token_logits, targets)
+    (gradient,) = grad(loss, token_logits)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert gradient[1, 2].abs().max() == 0
+    assert gradient[0].abs().min() > 0
+
+
+def test_a_term_without_weight_reaches_nothing() -> None:
+    targets = TokenTargets.from_dense(torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)).softmax(-1))
+    image_logits, token_logits = draw_logits(2, 1, 6)[:, 0].detach(), draw_logits(2, 4, 6)
+    image_logits[0, 0] = -torch.inf
+    image_logits.requires_grad_()
+    loss = token_label_loss(image_logits, token_logits, targets, image_weight=0.0)
+    (gradient,) = grad(loss, image_logits)
+    assert loss.isfinite()
+    assert gradient.abs().max() == 0
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -379,7 +406,7 @@ def test_compiles_whole(backend: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("piece", [TINY_PIECE, 2**25])
 def test_cuda_agrees(cuda: torch.device, dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "ACCELERATOR_PIECE", piece)
+    monkeypatch.setattr(cross_entropy, "ACCELERATOR_PIECE", piece)
     logits, sparse = draw_logits(3, 7, 11).to(dtype), draw_sparse(3, 7, 11, 5)
     on_cpu = soft_cross_entropy(logits, *sparse)
     on_cuda = soft_cross_entropy(logits.to(cuda), *(tensor.to(cuda) for tensor in sparse)).cpu()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenlabels.losses import chunked_token_label_loss, soft_cross_entropy, token_label_loss
+from tokenlabels.cross_entropy import soft_cross_entropy
+from tokenlabels.losses import chunked_token_label_loss, token_label_loss
 from tokenlabels.mixing import MixPlan
 from tokenlabels.sparse_targets import TokenTargets
 
@@ -44,16 +45,21 @@ LOSS_REFUSED: Refused = {
     "a map of logits": ({"token_logits": ZEROS(4, 2, 3, 11)}, r"floating \[4, 6, 11\]"),
     "no token logits": ({"token_logits": None}, "token_logits is None, but .* dense_weight=0"),
     "tokens without targets": ({"targets": RELABEL}, "no tokens; give None for token_logits"),
-    "negative weight": ({"image_weight": -1.0}, "image_weight must be finite and 0 or more, got -1"),
-    "weight that is no number": ({"dense_weight": float("nan")}, "dense_weight must be finite and 0 or more"),
-    "keep no token": ({"keep_tokens": 0.0}, "keep_tokens must be above 0 and at most 1"),
-    "keep too many": ({"keep_tokens": 1.01}, "keep_tokens must be above 0 and at most 1"),
+    "negative weight": ({"image_weight": -1.0}, "image_weight must be a finite number of 0 or more, got -1"),
+    "weight that is no number": ({"dense_weight": float("nan")}, "dense_weight must be a finite number of 0 or more"),
+    "keep no token": ({"keep_tokens": 0.0}, "keep_tokens must be a number above 0 and at most 1"),
+    "keep too many": ({"keep_tokens": 1.01}, "keep_tokens must be a number above 0 and at most 1"),
+    "weight per image": ({"image_weight": torch.ones(4)}, "image_weight must be a finite number"),
+    "weight as text": ({"dense_weight": "1"}, "dense_weight must be a finite number"),
+    "three ground truth weights": ({"ground_truth_weights": (0.5, 0.1, 0.3)}, "must be two numbers"),
+    "seed for a generator": ({"generator": 1}, "generator must be a torch.Generator or None, got 1"),
+    "no plan": ({"plan": {}}, "plan must be a MixPlan or None, got dict"),
     "plan of another batch": ({"plan": MixPlan.mixup(6)}, "mixes 6 samples"),
     "too few labels": ({"ground_truth": torch.tensor([1, 2])}, r"labels must be integer \[4\]"),
     "no such label": ({"ground_truth": torch.tensor([1, 2, 3, 11])}, "labels must be in 0..10"),
     "label's weight": (
         {"ground_truth": RELABEL.classes[:, 0], "ground_truth_weights": (0.5, 2)},
-        "disagree must be in",
+        "disagree must be a number in",
     ),
 }
 CHUNKS_REFUSED: Refused = {
@@ -62,8 +68,8 @@ CHUNKS_REFUSED: Refused = {
     "another K": ({"classifier": nn.Linear(5, 12)}, r"the classifier's output must be floating \[3, 6, 11\]"),
     "pooled tokens": ({"classifier": lambda x: x.mean(1)}, "the classifier's output must be floating"),
     "tokens without targets": ({"targets": RELABEL}, "token_features is .* has no tokens"),
-    "empty chunks": ({"images_per_chunk": 0}, "images_per_chunk must be at least 1, got 0"),
-    "negative rate": ({"keep_tokens": -0.5}, "keep_tokens must be above 0"),
+    "empty chunks": ({"images_per_chunk": 0}, "images_per_chunk must be an integer of at least 1, got 0"),
+    "negative rate": ({"keep_tokens": -0.5}, "keep_tokens must be a number above 0"),
 }
 
 

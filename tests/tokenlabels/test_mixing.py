@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -302,7 +303,9 @@ def test_who_stays_unmixed_may_be_named_as_the_own_partner() -> None:
         pytest.param(torch.zeros(4, 15), r"or tokens \[4, N, D\]", id="two dimensions"),
         pytest.param(torch.zeros(4, 0, 3, 5), "without empty sides", id="no channels"),
         pytest.param(torch.zeros(4, 3, 6, 6), "whole multiples of 3 and 5", id="no whole multiple"),
+        pytest.param(torch.zeros(4, 3, 5, 30), "looks like channels last", id="channels last"),
         pytest.param(torch.zeros(4, 3, 2, 5), "whole multiples of 3 and 5", id="smaller than the plan"),
+        pytest.param(np.zeros((4, 3, 3, 5)), r"x must be a torch\.Tensor, got numpy\.ndarray", id="numpy"),
         pytest.param(torch.zeros(4, 3, 3, 5, dtype=torch.uint8), "only floating values can be mixed", id="uint8"),
         pytest.param(torch.zeros(4, 3, 3, 5, dtype=torch.complex64), "only floating values", id="complex"),
         pytest.param(torch.zeros(4, 3, 3, 5, device="meta"), "the plan is on cpu", id="other device"),
@@ -311,6 +314,17 @@ def test_who_stays_unmixed_may_be_named_as_the_own_partner() -> None:
 def test_what_cannot_be_mixed(x: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         random_plan().mix(x)
+
+
+def test_only_targets_are_mixed_as_targets() -> None:
+    with pytest.raises(ValueError, match="targets must be TokenTargets, got Tensor"):
+        random_plan().mix_targets(torch.zeros(4, 16, 9))  # type: ignore[arg-type]
+
+
+def test_a_plan_shows_itself_on_any_device() -> None:
+    plan = MixPlan(torch.tensor([1, 0]), torch.ones(2, 3, 5) / 2)
+    assert repr(plan) == "MixPlan(2 samples, own 3x5, mean share 0.500, on cpu)"
+    assert repr(plan.to("meta")) == "MixPlan(2 samples, own 3x5, on meta)"
 
 
 def test_targets_of_another_batch_or_device_are_refused() -> None:

@@ -82,6 +82,20 @@ def test_hard_labels() -> None:
     assert targets.valid.all()
 
 
+def test_rows_of_zeros_are_rows_without_target() -> None:
+    targets = mark_invalid(draw_targets(), 1, 2)
+    again = TokenTargets.from_dense(targets.dense(), grid=(2, 3))
+    assert torch.equal(again.valid, targets.valid)
+    torch.testing.assert_close(again.dense(), targets.dense(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32], ids=str)
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    targets = TokenTargets.from_labels(torch.tensor([2, 0]).to(dtype), 4)
+    assert targets.dense()[:, 0].argmax(-1).tolist() == [2, 0]
+    assert draw_targets(2).blend_labels(torch.tensor([2, 0]).to(dtype)).valid.all()
+
+
 @pytest.mark.parametrize("eps", [0.0, 0.1, 1.0])
 def test_smoothing_keeps_rows_that_sum_to_one(eps: float) -> None:
     targets = mark_invalid(draw_targets(), 1, 2)
@@ -152,12 +166,20 @@ def test_to_moves_all_tensors_and_bytes_are_counted() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        pytest.param({"classes": torch.zeros(3, 5)}, r"classes must be int64 \[B, U\], got float32", id="float ids"),
+        pytest.param(
+            {"classes": torch.zeros(3, 5)},
+            r"without empty sides, got float32",
+            id="float ids",
+        ),
         pytest.param({"classes": torch.zeros(3, 4, dtype=torch.int64)}, r"weights must be float32 \[3, 7, 4\]", id="U"),
         pytest.param({"weights": torch.zeros(3, 6, 5)}, r"weights must be float32 \[3, 7, 5\]", id="rows"),
         pytest.param({"weights": torch.zeros(3, 7, 5).double()}, "got float64", id="double weights"),
         pytest.param({"background": torch.zeros(3, 6)}, r"background must be float32 \[3, 7\]", id="background"),
         pytest.param({"valid": torch.ones(3, 7)}, r"valid must be bool \[3, 7\]", id="floating valid"),
+        pytest.param({"classes": torch.full((3, 5), 20)}, r"classes must be in 0\.\.19, got 20", id="id too large"),
+        pytest.param({"classes": [[1]]}, r"classes must be a torch\.Tensor, got builtins\.list", id="list"),
+        pytest.param({"num_classes": 20.0}, "num_classes must be an integer", id="floating number of classes"),
+        pytest.param({"grid": (-2, -3)}, "grid must be two positive integers", id="negative grid"),
         pytest.param({"grid": (2, 2)}, r"weights must be float32 \[3, 5, 5\]", id="another grid"),
         pytest.param({"weights": torch.zeros(3, 7, 5, device="meta")}, "on cpu, got", id="two devices"),
     ],
@@ -185,9 +207,9 @@ def test_bad_labels_are_refused(labels: Tensor, message: str) -> None:
 def test_bad_weights_are_refused() -> None:
     targets = draw_targets()
     for eps in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"eps must be in 0\.\.1"):
+        with pytest.raises(ValueError, match=r"eps must be a number in 0\.\.1"):
             targets.smooth(eps)
-    with pytest.raises(ValueError, match=r"disagree must be in 0\.\.1, got 2"):
+    with pytest.raises(ValueError, match=r"disagree must be a number in 0\.\.1, got 2"):
         targets.blend_labels(torch.tensor([1, 2, 3]), disagree=2)
     with pytest.raises(ValueError, match=r"labels must be integer \[B\] with B above 0"):
         TokenTargets.from_labels(torch.zeros(0, dtype=torch.int64), 4)

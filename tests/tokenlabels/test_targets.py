@@ -1,6 +1,6 @@
 """Targets of crops: against a dense computation in float64, the published code's output, and what cannot be right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from tokenlabels.geometry import affine_from_boxes, box_in_map
+from tokenlabels.losses import token_label_loss
+from tokenlabels.precision import work_dtype
 from tokenlabels.resample import box_operator
 from tokenlabels.targets import InterpolationRule, affine_token_targets, token_targets
 from tokenlabels.vocabulary import find_vocabulary
@@ -125,6 +127,13 @@ def test_equals_the_dense_computation(name: str, rule: InterpolationRule) -> Non
     assert targets.valid.all()
 
 
+def test_all_classes_stored_and_most_unlikely() -> None:
+    """exp(-300) is 0 in float32: with no class of logit 0 left, the largest logit must set the scale."""
+    inputs = Case(topk=5, num_classes=5, num_mentioned=5, offset=-300.0).draw()
+    dense = token_targets(**inputs, num_classes=5).dense()
+    assert largest_difference(dense, dense_twin(inputs, (14, 14), 5, "logits")) < 5e-5
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_any_grid_of_tokens(grid: tuple[int, int], rule: InterpolationRule) -> None:
@@ -219,17 +228,39 @@ def test_a_vocabulary_found_before_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_low_precision_elsewhere_does_not_reach_the_targets(rule: InterpolationRule) -> None:
-    case = Case(num_mentioned=100, offset=15.0)
-    inputs = case.draw()
+def test_autocast_does_not_reach_the_targets(rule: InterpolationRule) -> None:
+    inputs = Case(num_mentioned=100, offset=15.0).draw()
     twin = dense_twin(inputs, (14, 14), 1000, rule)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            targets = token_targets(**inputs, num_classes=1000, interpolate=rule)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        targets = token_targets(**inputs, num_classes=1000, interpolate=rule)
     assert largest_difference(targets.dense(), twin) < TOLERANCE
+
+
+@pytest.fixture
+def rounded_products() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("rounded_products")
+@pytest.mark.parametrize("rule", RULES)
+def test_rounded_products_do_not_reach_the_targets(rule: InterpolationRule) -> None:
+    assert work_dtype() == torch.float64, "not every CPU rounds, so the targets alone could not tell"
+    inputs = Case(num_mentioned=100, offset=15.0).draw()
+    targets = token_targets(**inputs, num_classes=1000, interpolate=rule)
+    assert largest_difference(targets.dense(), dense_twin(inputs, (14, 14), 1000, rule)) < TOLERANCE
+
+
+def test_products_are_float32_where_they_are_not_rounded() -> None:
+    assert work_dtype() == torch.float32
+
+
+def test_boxes_may_leave_the_map_by_rounding() -> None:
+    inputs = Case(num_images=1, boxes=((-1e-6, 0.0, 1.0, 1.0 + 1e-6),)).draw()
+    whole = {**inputs, "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]])}
+    ours, theirs = (token_targets(**maps, num_classes=1000).dense() for maps in (inputs, whole))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -279,6 +310,22 @@ def test_cuda_equals_the_cpu(cuda: torch.device, rule: InterpolationRule) -> Non
     there = {name: tensor.to(cuda) for name, tensor in inputs.items()}
     ours = token_targets(**there, num_classes=1000, interpolate=rule).dense().cpu()
     assert largest_difference(ours, dense_twin(inputs, (14, 14), 1000, rule)) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_cuda_never_waits(cuda: torch.device, rule: InterpolationRule) -> None:
+    inputs = {name: tensor.to(cuda) for name, tensor in Case().draw().items()}
+    vocabulary = find_vocabulary(inputs["classes"], 1000)
+    output_to_map = affine_from_boxes(inputs["boxes"])
+    options: dict[str, Any] = {"num_classes": 1000, "interpolate": rule, "vocabulary": vocabulary}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        targets = token_targets(**inputs, **options)
+        affine_token_targets(inputs["scores"], inputs["classes"], output_to_map, tail=inputs["tail"], **options)
+        token_label_loss(targets.dense()[:, 0], targets.dense()[:, 1:], targets.smooth(0.1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -349,7 +396,7 @@ def set_value(name: str, place: tuple[int, ...], value: float) -> Callable[[dict
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        pytest.param(change(scores=torch.zeros(3, 18, 18)), r"scores must be float16 \[B, H, W, k\]", id="3-D scores"),
+        pytest.param(change(scores=torch.zeros(3, 18, 18)), r"float32 \[B, H, W, k\]", id="3-D scores"),
         pytest.param(change(scores=torch.zeros(3, 18, 18, 5, dtype=torch.int32)), "got int32", id="integer scores"),
         pytest.param(change(scores=torch.zeros(0, 18, 18, 5)), "without empty sides", id="empty batch"),
         pytest.param(change(scores=torch.zeros(3, 18, 18, 0)), "without empty sides", id="no classes stored"),
@@ -364,10 +411,16 @@ def set_value(name: str, place: tuple[int, ...], value: float) -> Callable[[dict
         pytest.param(change(boxes=torch.rand(2, 4)), r"boxes must be float32 \[3, 4\]", id="another number of boxes"),
         pytest.param(change(boxes=torch.zeros(4)), "boxes must be", id="one box for all"),
         pytest.param(change(boxes=torch.zeros(3, 4, dtype=torch.int64)), "boxes must be float32", id="pixel boxes"),
-        pytest.param(set_value("boxes", (1, 2), 1.2), "affine_token_targets takes others", id="box outside"),
+        pytest.param(set_value("boxes", (1, 2), 1.2), "takes crops that reach beyond", id="box outside"),
         pytest.param(set_value("boxes", (1, 0), -0.1), r"0\.\.1 of the map", id="box outside on the left"),
         pytest.param(set_value("boxes", (1, 2), 0.0), "x0 < x1", id="inverted box"),
         pytest.param(set_value("boxes", (1, 2), torch.nan), "boxes must be x0, y0", id="NaN box"),
+        pytest.param(change(boxes=[[0.0, 0.0, 1.0, 1.0]] * 3), r"torch\.Tensor, got builtins\.list", id="list"),
+        pytest.param(change(tail=np.zeros((3, 18, 18))), r"tail must be a torch\.Tensor, got numpy", id="numpy tail"),
+        pytest.param(change(flip=True), r"flip must be a torch\.Tensor, got builtins\.bool", id="one flip"),
+        pytest.param(change(vocabulary={}), "vocabulary must come from find_vocabulary, got dict", id="no vocabulary"),
+        pytest.param(change(views=torch.tensor([[0.0, -1.0, 1.0, 2.0]] * 3)), "within the image", id="box in padding"),
+        pytest.param(change(num_classes=1000.0), "num_classes must be an integer", id="floating number of classes"),
         pytest.param(change(flip=torch.zeros(3)), r"flip must be bool \[3\]", id="floating flip"),
         pytest.param(change(flip=torch.zeros(2, dtype=torch.bool)), "flip must be", id="another number of flips"),
         pytest.param(change(grid=(0, 14)), "grid must be two positive integers", id="empty grid"),
@@ -377,19 +430,19 @@ def set_value(name: str, place: tuple[int, ...], value: float) -> Callable[[dict
         pytest.param(set_value("tail", (0, 1, 2), 1.5), r"tail must be in 0\.\.1", id="tail above 1"),
         pytest.param(set_value("tail", (0, 1, 2), torch.nan), "tail must be", id="NaN tail"),
         pytest.param(change(views=torch.zeros(3, 2)), "views must be", id="views"),
-        pytest.param(change(num_classes=0), "num_classes must be at least 1", id="no classes"),
-        pytest.param(change(num_classes=4), r"ids must be in 0\.\.3", id="fewer classes than stored"),
+        pytest.param(change(num_classes=0), "num_classes must be an integer of at least 1", id="no classes"),
+        pytest.param(change(num_classes=4), "cannot store 5 of 4 classes", id="fewer classes than stored"),
         pytest.param(change(boxes=torch.zeros(3, 4, device="meta")), "boxes must be on cpu", id="boxes elsewhere"),
         pytest.param(
             change(classes=torch.zeros(3, 18, 18, 5, device="meta", dtype=torch.int64)), "on cpu", id="ids elsewhere"
         ),
         pytest.param(
-            change(vocabulary=find_vocabulary(torch.zeros(2, 18, 18, 5, dtype=torch.int64), 1000)),
+            change(vocabulary=find_vocabulary(torch.arange(5).expand(2, 18, 18, 5), 1000)),
             "find it from these maps",
             id="vocabulary of other maps",
         ),
         pytest.param(
-            change(vocabulary=find_vocabulary(torch.zeros(3, 18, 18, 5, dtype=torch.int64), 10)),
+            change(vocabulary=find_vocabulary(torch.arange(5).expand(3, 18, 18, 5), 10)),
             "of 10 classes, got",
             id="vocabulary of other classes",
         ),

@@ -23,7 +23,8 @@ def test_every_stored_class_is_found_in_its_slot(
     shape: tuple[int, int, int, int], num_mentioned: int, num_classes: int
 ) -> None:
     rng = np.random.default_rng(0)
-    classes = rng.choice(num_classes, size=num_mentioned, replace=False)[rng.integers(num_mentioned, size=shape)]
+    mentioned = rng.choice(num_classes, size=num_mentioned, replace=False)
+    classes = mentioned[rng.random((*shape[:3], num_mentioned)).argsort(axis=-1)[..., : shape[3]]]
     vocabulary = find_vocabulary(torch.from_numpy(classes), num_classes)
     for image in range(len(classes)):
         unique = np.unique(classes[image])
@@ -64,6 +65,12 @@ def test_lists_move_together() -> None:
         pytest.param(torch.full((2, 3, 3, 1), 65_535), 1000, r"0\.\.999, got 65535\.\.65535", id="never written"),
         pytest.param(torch.full((2, 3, 3, 1), -1), 1000, r"got -1\.\.-1", id="negative"),
         pytest.param(torch.zeros(2, 3, 3, 1, dtype=torch.int64), 0, "at least 1", id="no classes"),
+        pytest.param(torch.zeros(2, 3, 3, 1, dtype=torch.int64), 10.0, "num_classes must be an integer", id="float K"),
+        pytest.param(torch.zeros(2, 3, 3, 4, dtype=torch.int64), 3, "cannot store 4 of 3 classes", id="k above K"),
+        pytest.param(
+            torch.tensor([1, 2, 1]).expand(1, 1, 1, 3), 9, r"distinct within a cell, got \[1, 2, 1\]", id="twice"
+        ),
+        pytest.param([[[[1]]]], 10, r"classes must be a torch\.Tensor, got builtins\.list", id="list"),
     ],
 )
 def test_bad_input_is_refused(classes: torch.Tensor, num_classes: int, message: str) -> None:
@@ -80,6 +87,7 @@ def test_lists_of_other_maps_are_refused() -> None:
         (classes[:1], 10, "find it from these maps"),
         (classes, 11, "of 11; find it"),
         (classes.to("meta"), 10, "move it there"),
+        (classes + 1, 10, "lists other classes than the maps hold"),
     ):
         with pytest.raises(ValueError, match=message):
             vocabulary.check(other, num_classes)

@@ -1,0 +1,80 @@
+"""What targets are made of: the checks of maps, crops and affine maps before anything is computed."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tokenlabels.boxes import image_in_map
+from tokenlabels.checks import FLOATS, check_device, check_tensor, check_values, describe, is_integer
+
+InterpolationRule = Literal["logits", "probs"]
+"""logits: the rule of the papers. probs: the calibrated one. See `tokenlabels.targets.token_targets`."""
+
+# Crops come from float32 boxes and views: this much of the map is a fraction of a cell that nobody will see.
+BOX_TOLERANCE = 1e-5
+
+# Maps of very wide images are left by that many of their widths; pixels are farther.
+FARTHEST = 64
+NORMALISED = f"must be finite and normalised to 0..1 of the map, within +-{FARTHEST} (divide pixels by its sides)"
+
+
+def visible_part(views: Tensor | None, scores: Tensor) -> Tensor:
+    """The part of every map that shows its image, xyxy, float64 [B, 4]."""
+    if views is not None:
+        return image_in_map(views.double())
+    return torch.stack([scores.new_full((len(scores),), side, dtype=torch.float64) for side in (0, 0, 1, 1)], dim=1)
+
+
+def check_maps(
+    scores: Tensor, classes: Tensor, tail: Tensor | None, views: Tensor | None, interpolate: InterpolationRule
+) -> None:
+    """Refuse maps whose parts do not fit each other, or hold what no teacher says."""
+    check_tensor("scores", scores)
+    check_tensor("classes", classes)
+    if scores.ndim != 4 or scores.dtype not in (torch.float16, *FLOATS) or 0 in scores.shape:
+        raise ValueError(f"scores must be float16 or float32 [B, H, W, k] without empty sides, got {describe(scores)}")
+    check_values("scores", scores, scores.isfinite(), "must be finite; verify the label set")
+    if classes.shape != scores.shape or not is_integer(classes):
+        raise ValueError(f"classes must be integer {list(scores.shape)} as the scores are, got {describe(classes)}")
+    check_device("classes", classes, scores)
+    if tail is not None:
+        check_tensor("tail", tail)
+        if tail.shape != scores.shape[:-1] or not tail.is_floating_point():
+            raise ValueError(f"tail must be floating {list(scores.shape[:-1])}, got {describe(tail)}")
+        check_device("tail", tail, scores)
+        check_values("tail", tail, (tail >= 0) & (tail <= 1), "must be in 0..1; verify the label set")
+    if views is not None:
+        check_coordinates("views", views, scores, 4)
+    if interpolate not in get_args(InterpolationRule):
+        raise ValueError(f"interpolate must be one of {get_args(InterpolationRule)}, got {interpolate!r}")
+
+
+def check_crops(boxes: Tensor, visible: Tensor, scores: Tensor) -> Tensor:
+    """Boxes in float64; on an accelerator, NaN where the CPU would refuse them."""
+    check_coordinates("boxes", boxes, scores, 4)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    inside = (low >= visible[:, :2] - BOX_TOLERANCE) & (high <= visible[:, 2:] + BOX_TOLERANCE)
+    good = (inside & (low < high)).all(dim=1, keepdim=True)
+    advice = (
+        "must be x0, y0, x1, y1 in 0..1 of the map (divide pixels by its sides) with x0 < x1 and y0 < y1, and within "
+        "the image where views are given; affine_token_targets takes crops that reach beyond"
+    )
+    check_values("boxes", boxes, good.expand_as(boxes), advice)
+    return boxes.double().masked_fill(~good, torch.nan)
+
+
+def check_flip(flip: Tensor, scores: Tensor) -> None:
+    """Refuse what is not bool [B] on the device of the scores."""
+    check_tensor("flip", flip)
+    if flip.shape != scores.shape[:1] or flip.dtype != torch.bool:
+        raise ValueError(f"flip must be bool [{len(scores)}], got {describe(flip)}")
+    check_device("flip", flip, scores)
+
+
+def check_coordinates(name: str, tensor: Tensor, scores: Tensor, *sides: int) -> None:
+    """Refuse what is not float32 or float64 [B, *sides] on the device of the scores."""
+    check_tensor(name, tensor)
+    if tensor.shape != (len(scores), *sides) or tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32 {[len(scores), *sides]}, got {describe(tensor)}")
+    check_device(name, tensor, scores)
