@@ -5,10 +5,11 @@ last feature map. This package holds what everybody shares:
 
 types.py           ScoreMap and ScoreMaps, the values that travel
 geometry.py        the conventions; which part of an image a map covers (with boxes.py and affine.py)
-targets.py         from maps to the targets of crops (with vocabulary.py, resample.py and rules.py)
+targets.py         from maps to the targets of crops (with target_inputs.py, vocabulary.py, resample.py and rules.py)
 sparse_targets.py  TokenTargets, the value that comes out
 mixing.py          MixPlan: MixToken, CutMix, MixUp and patches, for images and targets (with masks.py)
-losses.py          the token-labelling loss
+losses.py          the token-labelling loss (with cross_entropy.py)
+checks.py          what the maths asks of tensors; precision.py keeps it in full precision
 tars.py            WebDataset tars: one header scan into keys, offsets and sizes
 store/             label sets on disk: schema, writer, reader, verification
 summary.py         what `tokenlabels inspect` prints

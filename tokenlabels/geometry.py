@@ -101,6 +101,7 @@ def letterbox_placement(width_px: int, height_px: int, canvas_hw: tuple[int, int
     """
     _check_size(width_px, height_px)
     canvas_height, canvas_width = canvas_hw
+    _check_size(canvas_width, canvas_height)
     scale = min(canvas_width / width_px, canvas_height / height_px)
     width = max(1, round(width_px * scale))
     height = max(1, round(height_px * scale))
@@ -169,4 +170,4 @@ def valid_cells(view: Sequence[float] | NDArray[np.floating], grid: tuple[int, i
 
 def _check_size(width_px: int, height_px: int) -> None:
     if width_px < 1 or height_px < 1:
-        raise ValueError(f"an image has at least one pixel, got {width_px} x {height_px}")
+        raise ValueError(f"an image and its canvas have at least one pixel, got {width_px} x {height_px}")

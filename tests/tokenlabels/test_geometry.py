@@ -76,6 +76,8 @@ def test_an_image_has_pixels(width: int, height: int) -> None:
         view_center(width, height, 1.0)
     with pytest.raises(ValueError, match="at least one pixel"):
         view_letterbox(width, height, (10, 10))
+    with pytest.raises(ValueError, match="canvas have at least one pixel"):
+        letterbox_placement(10, 10, (height, width))
 
 
 @given(sides_px, sides_px, canvases_hw)
