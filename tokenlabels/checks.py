@@ -45,6 +45,13 @@ def check_grid(grid: Any, name: str = "grid") -> Grid:
     return grid[0], grid[1]
 
 
+def for_autograd(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode, which autograd cannot keep for backward."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
 def check_count(name: str, value: object) -> None:
     """Refuse what is no integer of at least 1."""
     if not _is_count(value):

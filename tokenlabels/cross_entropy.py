@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import check_tensor, describe, has_values
+from tokenlabels.checks import check_tensor, describe, for_autograd, has_values
 
 # Logits that are worked on at a time. On the CPU their temporaries (4 MiB in float32) stay in the caches; an
 # accelerator gets enough (128 MiB) to run at full speed with few kernels.
@@ -42,7 +42,8 @@ def soft_cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor, backgro
         ValueError: a tensor of another shape, dtype or device, ids outside 0..K-1, or targets that require gradients.
     """
     _check_sparse(logits, classes, weights, background)
-    losses: Tensor = _SoftCrossEntropy.apply(logits, classes, weights, background)
+    sparse = (for_autograd(tensor) for tensor in (classes, weights, background))
+    losses: Tensor = _SoftCrossEntropy.apply(logits, *sparse)
     return losses
 
 
@@ -66,13 +67,18 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None, None]:
-        """``grad * (mass * softmax - target)`` for the logits, where mass is what the target sums to.
+        return _Gradient.apply(grad_losses, *ctx.saved_tensors), None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of the logits; a function of its own, so that differentiating it again is an error."""
+
+    @staticmethod
+    def forward(grad_losses: Tensor, logits: Tensor, classes: Tensor, weights: Tensor, background: Tensor) -> Tensor:
+        """``grad * (mass * softmax - target)``, where mass is what the target sums to.
 
         Rows without gradient get zeros, whatever their logits: tokens without target may hold anything.
         """
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("soft_cross_entropy has no second derivative; leave out create_graph=True")
-        logits, classes, weights, background = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         mass = logits.shape[-1] * background + weights.sum(dim=-1)
         scale, shift = (grad_losses * mass)[..., None], (grad_losses * background)[..., None]
@@ -82,7 +88,15 @@ class _SoftCrossEntropy(torch.autograd.Function):
             probs.scatter_add_(2, _slots(classes, weights, here), -grad_losses[here][..., None] * weights[here])
             probs.sub_(shift[here]).masked_fill_(without_gradient[here], 0)
             grad_logits[here] = probs
-        return grad_logits, None, None, None
+        return grad_logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ARG004
+        raise RuntimeError("soft_cross_entropy has no second derivative")
 
 
 def _slots(classes: Tensor, weights: Tensor, here: Piece) -> Tensor:

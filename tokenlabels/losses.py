@@ -43,7 +43,7 @@ def token_label_loss(
         image_weight: 0 or more.
         dense_weight: 0 or more, beta of the paper.
         keep_tokens: the paper's token participation rate (Figure 4), above 0 and at most 1: of every sample
-            round(keep_tokens * N) random tokens, at least one, take part.
+            round(keep_tokens * N) random tokens with a target, at least one, take part (all, if it has fewer).
         ground_truth: integer [B], the data set's labels of the unmixed images; None trusts the teacher alone.
         ground_truth_weights: weight of that label in the image-level row where it is the teacher's most probable class,
             and elsewhere. The published code has the same weights (as 0.5 and 0.9 for the teacher's row) but decides
@@ -160,7 +160,8 @@ class _Terms:
             return valid_BN
         device = valid_BN.device if self.generator is None else self.generator.device
         noise = torch.rand(valid_BN.shape, generator=self.generator, device=device)
-        kept = noise.topk(num_kept, dim=1).indices.to(valid_BN.device, non_blocking=True)
+        noise = noise.to(valid_BN.device, non_blocking=True).masked_fill(~valid_BN, -1)
+        kept = noise.topk(num_kept, dim=1).indices
         return torch.zeros_like(valid_BN).scatter_(1, kept, True) & valid_BN
 
 

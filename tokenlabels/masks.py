@@ -84,7 +84,7 @@ class MixDraw:
         """Partner int64 [B] and own float32 [B, h, w], on the device (None: where they were drawn)."""
         own = own_Shw if len(own_Shw) == len(self._partner) else own_Shw[self._set_of_sample]
         device = self._device if device is None else device
-        return self._partner.to(device), own.float().to(device)
+        return self._partner.to(device, non_blocking=True), own.float().to(device, non_blocking=True)
 
 
 def symmetric_beta(alpha: float, uniform_S2: Tensor) -> Tensor:

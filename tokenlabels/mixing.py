@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import check_grid, check_share, check_tensor, describe, has_values
+from tokenlabels.checks import check_grid, check_share, check_tensor, describe, for_autograd, has_values
 from tokenlabels.masks import (
     BLOCK_ROUNDS,
     MixDraw,
@@ -22,6 +22,9 @@ from tokenlabels.masks import (
     random_patch_masks,
 )
 from tokenlabels.sparse_targets import TokenTargets
+
+SHARE_TOLERANCE = 1e-6
+"""Shares nearer than this to 0 and 1 are those of unmixed rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,8 @@ class MixPlan:
         last = len(self) - 1
         if int(self.partner.min()) < 0 or int(self.partner.max()) > last:
             raise ValueError(f"partner must be in 0..{last}, got {int(self.partner.min())}..{int(self.partner.max())}")
-        with_itself = (self.partner == torch.arange(len(self))) & (self.own != 1).flatten(1).any(dim=1)
+        index = torch.arange(len(self), device=self.partner.device)
+        with_itself = (self.partner == index) & (self.own != 1).flatten(1).any(dim=1)
         if bool(with_itself.any()):
             samples = with_itself.nonzero().flatten().tolist()
             raise ValueError(
@@ -215,14 +219,15 @@ class MixPlan:
         """
         self._check_mixable(x)
         num_samples, height, width = self.own.shape
+        own, partner = for_autograd(self.own), for_autograd(self.partner)
         if x.ndim == 3:
-            cells, own = x, self.own.reshape(num_samples, height * width, 1)
+            cells, own = x, own.reshape(num_samples, height * width, 1)
         else:
             # One cell of the plan covers a block of pixels: own is broadcast over it and never repeated in memory.
             _, channels, image_height, image_width = x.shape
             cells = x.reshape(num_samples, channels, height, image_height // height, width, image_width // width)
-            own = self.own[:, None, :, None, :, None]
-        return (cells * own + cells[self.partner] * (1 - own)).to(x.dtype).reshape(x.shape)
+            own = own[:, None, :, None, :, None]
+        return (cells * own + cells[partner] * (1 - own)).to(x.dtype).reshape(x.shape)
 
     def share(self) -> Tensor:
         """float32 [B], the share of itself that each sample keeps.
@@ -270,7 +275,8 @@ class MixPlan:
         if targets.grid is not None:
             share = torch.cat([share, self.coverage(targets.grid).flatten(1)], dim=1)
         partner, valid = self.partner, targets.valid
-        valid = (valid | (share == 0)) & (valid[partner] | (share == 1))
+        # Means of ones are 1 up to rounding.
+        valid = (valid | (share < SHARE_TOLERANCE)) & (valid[partner] | (share > 1 - SHARE_TOLERANCE))
         from_own, from_partner = share * valid, (1 - share) * valid
         return replace(
             targets,

@@ -10,8 +10,14 @@ def work_dtype() -> torch.dtype:
 
     Compiled code outlives the setting and cannot read it: it takes float64.
     """
-    exact = not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if exact else torch.float64
+    return torch.float32 if not torch.compiler.is_compiling() and _products_are_exact() else torch.float64
+
+
+def _products_are_exact() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set per backend (torch.backends.*.fp32_precision), which this function cannot answer for
+        return False
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

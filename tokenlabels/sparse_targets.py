@@ -119,7 +119,7 @@ class TokenTargets:
         check_count("num_classes", num_classes)
         check_labels(labels, num_classes)
         classes = labels.long()[:, None]
-        weights = torch.ones(classes.shape, device=labels.device)[:, None]
+        weights = torch.ones(classes.shape, dtype=torch.float32, device=labels.device)[:, None]
         return cls(classes, weights, torch.zeros_like(weights[..., 0]), weights[..., 0] > 0, None, num_classes)
 
     @property

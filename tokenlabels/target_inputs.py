@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tokenlabels.boxes import image_in_map
+from tokenlabels.boxes import check_boxes, image_in_map
 from tokenlabels.checks import FLOATS, check_device, check_tensor, check_values, describe, is_integer
 
 InterpolationRule = Literal["logits", "probs"]
@@ -14,9 +14,8 @@ InterpolationRule = Literal["logits", "probs"]
 # Crops come from float32 boxes and views: this much of the map is a fraction of a cell that nobody will see.
 BOX_TOLERANCE = 1e-5
 
-# Maps of very wide images are left by that many of their widths; pixels are farther.
+# No crop reaches that many times beyond its image; pixels do.
 FARTHEST = 64
-NORMALISED = f"must be finite and normalised to 0..1 of the map, within +-{FARTHEST} (divide pixels by its sides)"
 
 
 def visible_part(views: Tensor | None, scores: Tensor) -> Tensor:
@@ -62,6 +61,31 @@ def check_crops(boxes: Tensor, visible: Tensor, scores: Tensor) -> Tensor:
     )
     check_values("boxes", boxes, good.expand_as(boxes), advice)
     return boxes.double().masked_fill(~good, torch.nan)
+
+
+def check_affines(
+    output_to_map: Tensor, region: Tensor | None, views: Tensor | None, scores: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Affine maps and regions in float64, and which images have good ones, bool [B, 1].
+
+    On an accelerator maps are NaN where the CPU would refuse them.
+    """
+    check_coordinates("output_to_map", output_to_map, scores, 2, 3)
+    # In units of the image, of which a map can cover a small part.
+    extent_xy = 1.0 if views is None else (views[:, 2:] - views[:, :2]).abs().clamp(max=1)[..., None]
+    advice = "must be finite and normalised to 0..1 of the map (divide pixels by its sides; maps of a part: give views)"
+    near = (output_to_map * extent_xy).abs() <= FARTHEST
+    check_values("output_to_map", output_to_map, near, advice)
+    good = near.flatten(1).all(dim=1, keepdim=True)
+    if region is not None:
+        check_coordinates("region", region, scores, 4)
+        check_boxes("region", region, may_be_empty=False)
+        corners = region.reshape(-1, 2, 2).mT
+        near = ((corners * extent_xy).abs() <= FARTHEST).mT.flatten(1)
+        check_values("region", region, near, advice)
+        good = good & near.all(dim=1, keepdim=True) & (region[:, :2] < region[:, 2:]).all(dim=1, keepdim=True)
+        region = region.double()
+    return output_to_map.double().masked_fill(~good[..., None], torch.nan), region, good
 
 
 def check_flip(flip: Tensor, scores: Tensor) -> None:

@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from tokenlabels.affine import valid_tokens
-from tokenlabels.boxes import check_boxes, valid_range
-from tokenlabels.checks import Grid, check_count, check_grid, check_values
+from tokenlabels.boxes import valid_range
+from tokenlabels.checks import Grid, check_count, check_grid
 from tokenlabels.precision import without_autocast, work_dtype
 from tokenlabels.resample import affine_operator, box_operator
 from tokenlabels.rules import calibrate, softmax_with_absent, spread
 from tokenlabels.sparse_targets import TokenTargets
 from tokenlabels.target_inputs import (
-    FARTHEST,
-    NORMALISED,
     InterpolationRule,
-    check_coordinates,
+    check_affines,
     check_crops,
     check_flip,
     check_maps,
@@ -35,6 +33,9 @@ __all__ = ["InterpolationRule", "TokenTargets", "affine_token_targets", "token_t
 
 # What a chunk of maps may take on the CPU, so that it stays in the cache from one step to the next.
 CHUNK_BYTES = 2**20
+
+# What the operators of affine maps may take at a time, [N, H * W] for every image.
+CPU_OPERATOR_BYTES, ACCELERATOR_OPERATOR_BYTES = 2**24, 2**28
 
 Resample = Callable[[slice, Tensor], Tensor]
 """Brings cells [b, H, W, C] of some images of the batch to rows [b, R, C]."""
@@ -153,29 +154,24 @@ def affine_token_targets(
     The other arguments, the result and the errors are those of `token_targets`.
     """
     check_maps(scores, classes, tail, views, interpolate)
-    check_coordinates("output_to_map", output_to_map, scores, 2, 3)
-    check_values("output_to_map", output_to_map, output_to_map.abs() <= FARTHEST, NORMALISED)
-    grid = check_grid(grid)
-    output_to_map = output_to_map.double()
-    readable = _readable_cells(views, scores)
-    visible = visible_part(views, scores)
+    output_to_map, region, good = check_affines(output_to_map, region, views, scores)
+    grid, cells = check_grid(grid), _cells(scores)
+    readable, visible = _readable_cells(views, scores), visible_part(views, scores)
     if region is not None:
-        check_coordinates("region", region, scores, 4)
-        check_boxes("region", region, may_be_empty=False)
-        check_values("region", region, region.abs() <= FARTHEST, NORMALISED)
-        inner = region.double()
-        low, high = torch.maximum(visible, inner)[:, :2], torch.minimum(visible, inner)[:, 2:]
+        low, high = torch.maximum(visible, region)[:, :2], torch.minimum(visible, region)[:, 2:]
         visible = torch.cat([low, torch.maximum(low, high)], dim=1)
-    image, image_inside = affine_operator(output_to_map, (1, 1), _cells(scores), visible, readable)
-    tokens, _ = affine_operator(output_to_map, grid, _cells(scores), visible, readable)
-    operator = torch.cat([image, tokens], dim=1).to(work_dtype())
-    token_inside = valid_tokens(output_to_map, grid, visible).flatten(1)
+    image, image_inside = affine_operator(output_to_map, (1, 1), cells, visible, readable)
 
     def resample(part: slice, field_BHWC: Tensor) -> Tensor:
-        return operator[part] @ field_BHWC.flatten(1, 2)
+        tokens, _ = affine_operator(output_to_map[part], grid, cells, visible[part], readable[part])
+        operator = torch.cat([image[part], tokens], dim=1).to(field_BHWC.dtype)
+        return operator @ field_BHWC.flatten(1, 2)
 
-    valid = torch.cat([image_inside, token_inside], dim=1)
-    return _targets(scores, classes, tail, vocabulary, resample, valid, grid, num_classes, interpolate)
+    # What is no number shows in the targets; leaving it out of the loss would hide it.
+    token_inside = valid_tokens(output_to_map, grid, visible).flatten(1)
+    valid = torch.cat([image_inside, token_inside], dim=1) | ~good
+    operator_bytes = 8 * grid[0] * grid[1] * cells[0] * cells[1]
+    return _targets(scores, classes, tail, vocabulary, resample, valid, grid, num_classes, interpolate, operator_bytes)
 
 
 @torch.no_grad()
@@ -189,6 +185,7 @@ def _targets(
     grid: Grid | None,
     num_classes: int,
     interpolate: InterpolationRule,
+    operator_bytes: int = 0,
 ) -> TokenTargets:
     """Resample the listed classes of a few images at a time and turn them into weights above a background."""
     check_count("num_classes", num_classes)
@@ -203,7 +200,7 @@ def _targets(
     valid = valid.expand(len(scores), num_rows).contiguous()
     is_listed = vocabulary.is_listed()
     with without_autocast(scores.device):
-        for part in _chunks(scores, vocabulary.num_listed):
+        for part in _chunks(scores, vocabulary.num_listed, operator_bytes):
             slots = vocabulary.slots[part].long()
             if interpolate == "logits":
                 logits = resample(part, spread(scores[part], slots, vocabulary.num_listed))
@@ -218,12 +215,16 @@ def _targets(
     return TokenTargets(vocabulary.classes, weights, background, valid, grid, num_classes)
 
 
-def _chunks(scores: Tensor, num_listed: int) -> list[slice]:
-    """Few images at a time on the CPU, all of them elsewhere and in compiled code."""
-    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+def _chunks(scores: Tensor, num_listed: int, operator_bytes: int) -> list[slice]:
+    """Few images at a time; all of them in compiled code, and on an accelerator unless their operators are large."""
+    if torch.compiler.is_compiling():
         return [slice(None)]
     num_images, height, width, _ = scores.shape
-    step = max(1, CHUNK_BYTES // (height * width * num_listed * 4))
+    on_cpu = scores.device.type == "cpu"
+    step = CHUNK_BYTES // (height * width * num_listed * 4) if on_cpu else num_images
+    if operator_bytes:
+        step = min(step, (CPU_OPERATOR_BYTES if on_cpu else ACCELERATOR_OPERATOR_BYTES) // operator_bytes)
+    step = max(1, step)
     return [slice(start, start + step) for start in range(0, num_images, step)]
 
 

@@ -53,6 +53,8 @@ class Vocabulary:
         if self.slots.device != classes.device:
             raise ValueError(f"the vocabulary is on {self.slots.device}, the maps on {classes.device}; move it there")
         if has_values(classes):
+            if bool((self.slots >= self.num_listed).any()):
+                raise ValueError(f"slots must be below {self.num_listed}, got {int(self.slots.max())}")
             of_these_maps = self.classes.gather(1, self.slots.flatten(1).long()) == classes.long().flatten(1)
             if not bool(of_these_maps.all()):
                 raise ValueError("the vocabulary lists other classes than the maps hold; find it from these maps")

@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenlabels.affine import affine_from_boxes, compose_affine, rotation, shear, translation
+from tokenlabels.affine import affine_from_boxes, affine_in_map, compose_affine, rotation, shear, translation
+from tokenlabels.geometry import view_center
 from tokenlabels.targets import InterpolationRule, affine_token_targets, token_targets
 from tokenlabels.vocabulary import find_vocabulary
 
@@ -233,6 +234,39 @@ def test_a_bad_region_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             affine_token_targets(maps["scores"], maps["classes"], augmented(2), region=region, num_classes=NUM_CLASSES)
+
+
+def test_maps_that_only_a_device_would_take_give_no_number() -> None:
+    """Compiled code cannot refuse values, as on an accelerator; leaving such images out would hide them."""
+    maps, affine = draw_maps(), augmented(2)
+    vocabulary = find_vocabulary(maps["classes"], NUM_CLASSES)
+    compiled: Callable[..., Any] = torch.compile(affine_token_targets, backend="eager", fullgraph=True)
+    for bad in (224.0, torch.nan):
+        spoiled = affine.clone()
+        spoiled[1] *= bad
+        targets = compiled(maps["scores"], maps["classes"], spoiled, num_classes=NUM_CLASSES, vocabulary=vocabulary)
+        assert targets.valid[1].all()
+        assert targets.dense()[1].isnan().all()
+        assert targets.dense()[0].isfinite().all()
+
+
+def test_maps_of_a_small_part_of_a_wide_image() -> None:
+    """A panorama of 5000 x 37 pixels reaches far beyond the map of its centre, and there is nothing wrong with it."""
+    maps = draw_maps(1)
+    views = torch.tensor([view_center(5000, 37, 0.875)])
+    whole = affine_in_map(affine_from_boxes(torch.tensor([[0.0, 0.0, 1.0, 1.0]])), views)
+    targets = affine_token_targets(
+        maps["scores"], maps["classes"], whole, grid=(3, 401), num_classes=NUM_CLASSES, views=views
+    )
+    assert 0 < targets.valid[0, 1:].sum() < 10
+
+
+def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, affine = draw_maps(7), augmented(7)
+    whole = affine_token_targets(maps["scores"], maps["classes"], affine, num_classes=NUM_CLASSES)
+    monkeypatch.setattr("tokenlabels.targets.CPU_OPERATOR_BYTES", 3 * 8 * 196 * 108)
+    parts = affine_token_targets(maps["scores"], maps["classes"], affine, num_classes=NUM_CLASSES)
+    torch.testing.assert_close(parts.dense(), whole.dense(), rtol=0, atol=1e-7)
 
 
 def test_compiles_without_graph_breaks() -> None:

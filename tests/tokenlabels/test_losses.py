@@ -160,8 +160,28 @@ def test_gradcheck() -> None:
 
 def test_there_is_no_second_derivative() -> None:
     logits, sparse = draw_logits(1, 2, 3), draw_sparse(1, 2, 3, 1)
-    with pytest.raises(RuntimeError, match="no second derivative; leave out create_graph"):
-        grad(soft_cross_entropy(logits, *sparse).sum(), logits, create_graph=True)
+    (first,) = grad(soft_cross_entropy(logits, *sparse).square().sum(), logits, create_graph=True)
+    torch.testing.assert_close(first, grad(soft_cross_entropy(logits, *sparse).square().sum(), logits)[0])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad(first.sum(), logits)
+
+
+def test_the_first_derivative_of_torch_func() -> None:
+    logits, sparse = draw_logits(1, 2, 3), draw_sparse(1, 2, 3, 1)
+    (expected,) = grad(soft_cross_entropy(logits, *sparse).sum(), logits)
+    ours = torch.func.grad(lambda z: soft_cross_entropy(z, *sparse).sum())(logits.detach())
+    torch.testing.assert_close(ours, expected)
+
+
+def test_targets_and_plans_made_in_inference_mode_train() -> None:
+    logits = draw_logits(2, 5, 6)
+    with torch.inference_mode():
+        targets = TokenTargets.from_dense(torch.rand(2, 5, 6).softmax(-1))
+        plan = MixPlan.mixtoken(2, grid=(2, 2))
+    for plan_or_none in (None, plan):
+        loss = token_label_loss(plan.mix(logits[:, 1:])[:, 0], logits[:, 1:], targets, plan_or_none)
+        (gradient,) = grad(loss, logits)
+        assert gradient[:, 1:].abs().sum() > 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -297,11 +317,13 @@ def test_exactly_so_many_tokens_of_every_sample_take_part(keep_tokens: float, nu
             *logits, targets, image_weight=0, dense_weight=1, keep_tokens=keep_tokens, generator=seeded()
         )
 
-    taking_part = grad(token_loss(all_valid), logits[1])[0].ne(0).any(dim=-1)
-    assert taking_part.sum(dim=1).tolist() == [num_kept] * 8
-    assert num_kept == 30 or taking_part.ne(taking_part[0]).any(), "every sample has its own tokens"
     for targets in (all_valid, draw_targets(8, grid=(5, 6), ignored=0.3)):
-        twin = loss_twin(logits[1], dense(targets)[:, 1:])[taking_part & targets.valid[:, 1:]].mean()
+        valid = targets.valid[:, 1:]
+        taking_part = grad(token_loss(targets), logits[1])[0].ne(0).any(dim=-1)
+        assert taking_part.sum(dim=1).tolist() == valid.sum(dim=1).clamp(max=num_kept).tolist()
+        assert num_kept == 30 or taking_part.ne(taking_part[0]).any(), "every sample has its own tokens"
+        assert not (taking_part & ~valid).any()
+        twin = loss_twin(logits[1], dense(targets)[:, 1:])[taking_part].mean()
         torch.testing.assert_close(token_loss(targets).double(), twin, rtol=1e-5, atol=1e-6)
 
 

@@ -252,6 +252,16 @@ def test_rounded_products_do_not_reach_the_targets(rule: InterpolationRule) -> N
     assert largest_difference(targets.dense(), dense_twin(inputs, (14, 14), 1000, rule)) < TOLERANCE
 
 
+def test_precision_set_per_backend_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to give one answer for all backends then."""
+
+    def refuse() -> str:
+        raise RuntimeError("checking the matmul precision without a specific backend name")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    assert work_dtype() == torch.float64
+
+
 def test_products_are_float32_where_they_are_not_rounded() -> None:
     assert work_dtype() == torch.float32
 

@@ -1,5 +1,6 @@
 """The distinct classes of maps, against numpy's unique."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,8 @@ def test_lists_of_other_maps_are_refused() -> None:
     vocabulary = find_vocabulary(classes, 10)
     assert isinstance(vocabulary, Vocabulary)
     vocabulary.check(classes, 10)
+    with pytest.raises(ValueError, match="slots must be below 10, got 10"):
+        replace(vocabulary, slots=vocabulary.slots + 10).check(classes, 10)
     for other, num_classes, message in (
         (classes[:1], 10, "find it from these maps"),
         (classes, 11, "of 11; find it"),
