@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenlabels.boxes import check_alike, check_boxes
+from tokenlabels.boxes import check_alike, check_boxes, check_flip
 from tokenlabels.checks import check_float, check_grid, check_tensor, describe, has_values
 from tokenlabels.geometry import BORDER_TOLERANCE
 
@@ -30,7 +30,7 @@ def affine_from_boxes(boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     x0, y0, x1, y1 = boxes.unbind(-1)
     start_x, step_x = x0, x1 - x0
     if flip is not None:
-        _check_flip(flip, boxes)
+        check_flip(flip, boxes)
         start_x, step_x = torch.where(flip, x1, x0), torch.where(flip, -step_x, step_x)
     none = torch.zeros_like(x0)
     return _from_rows((step_x, none, start_x), (none, y1 - y0, y0))
@@ -226,14 +226,6 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"x and y must share shape, dtype and device, got {describe(x)} and {describe(y)};"
             " give zeros for the one that is not wanted"
-        )
-
-
-def _check_flip(flip: Tensor, boxes: Tensor) -> None:
-    check_tensor("flip", flip)
-    if flip.dtype != torch.bool or flip.shape != boxes.shape[:-1] or flip.device != boxes.device:
-        raise ValueError(
-            f"flip must be bool {list(boxes.shape[:-1])} on {boxes.device} as the boxes are, got {describe(flip)}"
         )
 
 

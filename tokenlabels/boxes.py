@@ -145,6 +145,15 @@ def check_boxes(name: str, boxes: Tensor, *, may_be_empty: bool = True) -> None:
         )
 
 
+def check_flip(flip: Tensor, boxes: Tensor) -> None:
+    """Refuse what is not one bool per box, on the device of the boxes."""
+    check_tensor("flip", flip)
+    if flip.dtype != torch.bool or flip.shape != boxes.shape[:-1] or flip.device != boxes.device:
+        raise ValueError(
+            f"flip must be bool {list(boxes.shape[:-1])} on {boxes.device} as the boxes are, got {describe(flip)}"
+        )
+
+
 def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor, ndims: tuple[int, int]) -> None:
     """Refuse two arguments of different dtypes, devices or leading dimensions, unless one of them has none of those.
 

@@ -1,6 +1,6 @@
 """What the maths asks of the tensors that it is given, and how its messages name them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -113,12 +113,12 @@ def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
         raise ValueError(f"{name} must be on {other.device} as the rest is, got {describe(tensor)}; move it there")
 
 
-def check_values(name: str, tensor: Tensor, good: Tensor, advice: str) -> None:
+def check_values(name: str, tensor: Tensor, are_good: Callable[[Tensor], Tensor], advice: str) -> None:
     """Refuse values that are not good (bool, shape of the tensor), with the first of them and its place.
 
     Nothing happens on an accelerator, where the look would wait for the device, and in compiled code.
     """
-    if not has_values(tensor) or bool(good.all()):
+    if not has_values(tensor) or bool((good := are_good(tensor)).all()):
         return
     place = good.logical_not().nonzero()[0].tolist()
     whole = f" in {tensor[place[0]].tolist()}" if tensor.ndim == 2 else ""

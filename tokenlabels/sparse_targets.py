@@ -60,7 +60,7 @@ class TokenTargets:
         check_values(
             "classes",
             self.classes,
-            (self.classes >= 0) & (self.classes < self.num_classes),
+            lambda ids: (ids >= 0) & (ids < self.num_classes),
             f"must be in 0..{self.num_classes - 1}",
         )
         num_images, num_listed = self.classes.shape
@@ -88,7 +88,7 @@ class TokenTargets:
         check_tensor("target", target)
         if target.ndim != 3 or not target.is_floating_point() or 0 in target.shape:
             raise ValueError(f"target must be floating [B, 1 + N, K] without empty sides, got {describe(target)}")
-        check_values("target", target, target.isfinite(), "must be finite")
+        check_values("target", target, torch.isfinite, "must be finite")
         num_images, num_rows, num_classes = target.shape
         target = target.float()
         background = target.median(dim=-1).values

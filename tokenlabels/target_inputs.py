@@ -33,7 +33,7 @@ def check_maps(
     check_tensor("classes", classes)
     if scores.ndim != 4 or scores.dtype not in (torch.float16, *FLOATS) or 0 in scores.shape:
         raise ValueError(f"scores must be float16 or float32 [B, H, W, k] without empty sides, got {describe(scores)}")
-    check_values("scores", scores, scores.isfinite(), "must be finite; verify the label set")
+    check_values("scores", scores, torch.isfinite, "must be finite; verify the label set")
     if classes.shape != scores.shape or not is_integer(classes):
         raise ValueError(f"classes must be integer {list(scores.shape)} as the scores are, got {describe(classes)}")
     check_device("classes", classes, scores)
@@ -42,7 +42,7 @@ def check_maps(
         if tail.shape != scores.shape[:-1] or not tail.is_floating_point():
             raise ValueError(f"tail must be floating {list(scores.shape[:-1])}, got {describe(tail)}")
         check_device("tail", tail, scores)
-        check_values("tail", tail, (tail >= 0) & (tail <= 1), "must be in 0..1; verify the label set")
+        check_values("tail", tail, lambda mass: (mass >= 0) & (mass <= 1), "must be in 0..1; verify the label set")
     if views is not None:
         check_coordinates("views", views, scores, 4)
     if interpolate not in get_args(InterpolationRule):
@@ -59,7 +59,7 @@ def check_crops(boxes: Tensor, visible: Tensor, scores: Tensor) -> Tensor:
         "must be x0, y0, x1, y1 in 0..1 of the map (divide pixels by its sides) with x0 < x1 and y0 < y1, and within "
         "the image where views are given; affine_token_targets takes crops that reach beyond"
     )
-    check_values("boxes", boxes, good.expand_as(boxes), advice)
+    check_values("boxes", boxes, good.expand_as, advice)
     return boxes.double().masked_fill(~good, torch.nan)
 
 
@@ -75,25 +75,17 @@ def check_affines(
     extent_xy = 1.0 if views is None else (views[:, 2:] - views[:, :2]).abs().clamp(max=1)[..., None]
     advice = "must be finite and normalised to 0..1 of the map (divide pixels by its sides; maps of a part: give views)"
     near = (output_to_map * extent_xy).abs() <= FARTHEST
-    check_values("output_to_map", output_to_map, near, advice)
+    check_values("output_to_map", output_to_map, lambda _: near, advice)
     good = near.flatten(1).all(dim=1, keepdim=True)
     if region is not None:
         check_coordinates("region", region, scores, 4)
         check_boxes("region", region, may_be_empty=False)
         corners = region.reshape(-1, 2, 2).mT
-        near = ((corners * extent_xy).abs() <= FARTHEST).mT.flatten(1)
-        check_values("region", region, near, advice)
-        good = good & near.all(dim=1, keepdim=True) & (region[:, :2] < region[:, 2:]).all(dim=1, keepdim=True)
+        near_region = ((corners * extent_xy).abs() <= FARTHEST).mT.flatten(1)
+        check_values("region", region, lambda _: near_region, advice)
+        good = good & near_region.all(dim=1, keepdim=True) & (region[:, :2] < region[:, 2:]).all(dim=1, keepdim=True)
         region = region.double()
     return output_to_map.double().masked_fill(~good[..., None], torch.nan), region, good
-
-
-def check_flip(flip: Tensor, scores: Tensor) -> None:
-    """Refuse what is not bool [B] on the device of the scores."""
-    check_tensor("flip", flip)
-    if flip.shape != scores.shape[:1] or flip.dtype != torch.bool:
-        raise ValueError(f"flip must be bool [{len(scores)}], got {describe(flip)}")
-    check_device("flip", flip, scores)
 
 
 def check_coordinates(name: str, tensor: Tensor, scores: Tensor, *sides: int) -> None:

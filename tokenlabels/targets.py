@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenlabels.affine import valid_tokens
-from tokenlabels.boxes import valid_range
+from tokenlabels.boxes import check_flip, valid_range
 from tokenlabels.checks import Grid, check_count, check_grid
 from tokenlabels.precision import without_autocast, work_dtype
 from tokenlabels.resample import affine_operator, box_operator
@@ -23,7 +23,6 @@ from tokenlabels.target_inputs import (
     InterpolationRule,
     check_affines,
     check_crops,
-    check_flip,
     check_maps,
     visible_part,
 )
@@ -90,7 +89,7 @@ def token_targets(
     check_maps(scores, classes, tail, views, interpolate)
     boxes = check_crops(boxes, visible_part(views, scores), scores)
     if flip is not None:
-        check_flip(flip, scores)
+        check_flip(flip, boxes)
     grid = None if grid is None else check_grid(grid)
     cells = _cells(scores)
     column, row, last_column, last_row = _readable_cells(views, scores).unbind(dim=1)
@@ -193,7 +192,8 @@ def _targets(
         raise ValueError(f"vocabulary must come from find_vocabulary, got {type(vocabulary).__name__}")
     if vocabulary is None:
         vocabulary = find_vocabulary(classes, num_classes)
-    vocabulary.check(classes, num_classes)
+    else:
+        vocabulary.check(classes, num_classes)
     num_rows = 1 + (0 if grid is None else grid[0] * grid[1])
     weights = scores.new_empty(len(scores), num_rows, vocabulary.num_listed, dtype=torch.float32)
     background = scores.new_empty(len(scores), num_rows, dtype=torch.float32)
