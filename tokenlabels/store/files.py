@@ -57,6 +57,13 @@ def replace_file(path: Path, content: bytes) -> None:
     fsync(path.parent)
 
 
+def write_below(root: Path, name: str, content: bytes) -> None:
+    """Write a file of a directory that nobody reads yet, with the folders it needs."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
 def sha256_of(path: Path) -> str:
     """Checksum of a file's content."""
     with path.open("rb") as file:

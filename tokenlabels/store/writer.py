@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from tokenlabels.store.files import (
     file_lock,
@@ -27,6 +29,7 @@ from tokenlabels.store.files import (
     sha256_of,
     staged_file,
     temporary_sibling,
+    write_below,
 )
 from tokenlabels.store.layout import ROWS_PER_CHUNK, array_specs, values_of
 from tokenlabels.store.schema import (
@@ -176,9 +179,16 @@ class ShardWriter:
             raise LabelStoreError(f"{shard_path(self.labels, self.stem)}: two maps have the same key")
 
     def _write_arrays(self, folder: Path, maps: ScoreMaps, attributes: ShardAttributes) -> None:
-        group = zarr.create_group(folder, zarr_format=3, attributes=attributes.model_dump(mode="json"))
+        # zarr encodes into memory, an array at a time, and the files are written here. Its own store writes in
+        # threads that go on after one of them failed, so that files appear in a folder that is being removed.
+        encoded: dict[str, Buffer] = {}
+        group = zarr.create_group(MemoryStore(encoded), zarr_format=3, attributes=attributes.model_dump(mode="json"))
         for spec in array_specs(self.info):
             spec.create(group, len(maps))[...] = values_of(maps, spec.name)
+            for name in [name for name in encoded if name.startswith(f"{spec.name}/")]:
+                write_below(folder, name, encoded.pop(name).to_bytes())
+        for name, content in encoded.items():
+            write_below(folder, name, content.to_bytes())
 
     def _compare(self, folder: Path, maps: ScoreMaps) -> None:
         group = zarr.open_group(folder, mode="r")
