@@ -2,8 +2,7 @@
 
 The main path, in the order of the data:
 
-images.py, samples.py, folders.py    find image shards (WebDataset tars, ImageFolder trees) and read their samples
-decode.py                            encoded bytes -> upright RGB -> the teacher's input size, and the view it shows
+fit.py                               an image -> the input size of the teacher, and the view it shows
 ahead.py, fitted.py                  decoding in threads ahead of the teacher, bounded in bytes
 specs.py, weights.py                 which timm model, and where its weights come from
 cells.py, members.py                 its head applied at every cell of its feature map; its normalisation

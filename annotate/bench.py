@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from annotate.fitted import fitted_images, image_specs
-from annotate.images import ImageShard
 from annotate.ledger import Ledger, ShardFailure
 from annotate.schedule import ActorPool, Job, drain, ray_session, try_shard
 from annotate.shard import ShardReport, annotate_shard
 from annotate.teachers import Teacher
+from tokenlabels.images import ImageShard
 from tokenlabels.measure import Comparison, interleave
 from tokenlabels.store import LabelSet
 
@@ -111,8 +111,8 @@ def _label_one(shard: ImageShard) -> ShardReport | ShardFailure:
 
 def scene_shards(folder: Path, shard_sizes: Sequence[int]) -> list[ImageShard]:
     """Generated scenes as image tars, to measure without any data set."""
-    from annotate.images import find_shards
     from annotate.scenes import write_scenes
+    from tokenlabels.images import find_shards
 
     write_scenes(folder, shard_sizes=shard_sizes, seed=0)
     return find_shards([f"{folder}/*.tar"])

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from annotate.decode import decode_rgb
 from annotate.demo_teacher import OnStep, train_demo_teacher
-from annotate.images import ImageShard, find_shards
 from annotate.scenes import BACKGROUND, CLASS_NAMES, SceneShards, read_truth, token_accuracy, write_scenes
 from annotate.schedule import Job
 from annotate.shard import AnnotateConfig
 from annotate.teachers import TeacherSpec
+from tokenlabels.images import ImageShard, find_shards
+from tokenlabels.images.decode import decode_rgb
 from tokenlabels.store import open_store
 from tokenlabels.views import overlay
 

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from annotate.ahead import map_ahead
-from annotate.decode import ImageSpec, UndecodableImageError, decode_rgb, fit
-from annotate.images import EncodedImage
+from annotate.fit import ImageSpec, fit
 from annotate.teachers import ModelInfo, Teacher
 from tokenlabels.geometry import ResizeMode
+from tokenlabels.images import EncodedImage
+from tokenlabels.images.decode import UndecodableImageError, decode_rgb
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from annotate.images import ImageShard
 from annotate.shard import ShardReport
+from tokenlabels.images import ImageShard
 
 MAX_ATTEMPTS = 3
 FIRST_BACKOFF_SECONDS = 5.0

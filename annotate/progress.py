@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from annotate.images import ImageShard
 from annotate.ledger import ShardFailure
 from annotate.shard import ShardReport
+from tokenlabels.images import ImageShard
 from tokenlabels.store import LabelSet
 
 

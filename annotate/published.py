@@ -23,8 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from annotate.decode import FORMATS, exif_orientation
-from annotate.images import EncodedImage, ImageShard
 from annotate.published_read import (
     Axes,
     ImportSettings,
@@ -37,6 +35,8 @@ from annotate.published_read import (
 )
 from annotate.shard import check_skipped, finished_manifest, image_level_agreement, library_versions
 from tokenlabels.geometry import view_center, view_squash
+from tokenlabels.images import EncodedImage, ImageShard
+from tokenlabels.images.decode import FORMATS, exif_orientation
 from tokenlabels.store import (
     LabelSet,
     Manifest,

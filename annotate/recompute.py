@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from annotate.images import ImageShard
 from annotate.shard import AnnotateConfig, label_images, label_set
 from annotate.teachers import Teacher
+from tokenlabels.images import ImageShard
 from tokenlabels.store import Finding, LabelStore, LabelStoreError
 from tokenlabels.types import ScoreMap
 

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-from annotate.images import ImageShard
 from annotate.ledger import MAX_ATTEMPTS, Ledger, RunReport, RunStoppedError, ShardFailure
 from annotate.shard import AnnotateConfig, ShardReport, annotate_shard, label_set
 from annotate.teachers import Teacher, TeacherSpec, load_teacher
+from tokenlabels.images import ImageShard
 from tokenlabels.store import DiskFullError, LabelSet, ShardBusyError, StoreWriteError, create_label_set
 
 ACTOR_START_SECONDS = 900

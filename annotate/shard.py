@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from annotate.fitted import FittedImage, fitted_images, image_specs
-from annotate.images import EncodedImage, ImageShard
 from annotate.teachers import Teacher, TopK
 from tokenlabels.doctor import pillow_flavour
 from tokenlabels.geometry import ResizeMode
+from tokenlabels.images import EncodedImage, ImageShard
 from tokenlabels.store import (
     ImageLevelRecord,
     LabelSet,

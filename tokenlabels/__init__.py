@@ -11,6 +11,7 @@ mixing.py          MixPlan: MixToken, CutMix, MixUp and patches, for images and 
 losses.py          the token-labelling loss (with cross_entropy.py)
 checks.py          what the maths asks of tensors; precision.py keeps it in full precision
 tars.py            WebDataset tars: one header scan into keys, offsets and sizes
+images/            image shards, tars and ImageFolder trees alike, and decoding them
 store/             label sets on disk: schema, writer, reader, verification
 summary.py         what `tokenlabels inspect` prints
 views.py           pictures of labels, for files and terminals

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from annotate.images import TarShard
 from annotate.scenes import write_scenes
 from annotate.teachers import ModelInfo, Teacher, TeacherInfo, TeacherSpec, TopK
 from annotate.topk import top_k
+from tokenlabels.images import TarShard
 
 SCENES_PER_TAR = (5, 3, 2)
 

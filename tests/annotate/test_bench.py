@@ -13,10 +13,10 @@ import torch
 from annotate import bench_store
 from annotate.bench import bench_inline, bench_ray, scene_shards
 from annotate.bench_store import GRID, NUM_CLASSES, TOPK, StoreFigures, simulate_maps, write_simulated
-from annotate.images import find_shards
 from annotate.schedule import Job
 from annotate.shard import AnnotateConfig
 from annotate.teachers import TeacherSpec
+from tokenlabels.images import find_shards
 from tokenlabels.measure import Comparison
 from tokenlabels.store import open_store, verify_store
 from tokenlabels.store.verify import wrong_values

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from annotate.decode import ImageSpec, decode_rgb, fit
+from annotate.fit import ImageSpec, fit
 from tokenlabels.geometry import ResizeMode
+from tokenlabels.images.decode import decode_rgb
 
 
 def spec_of(resize: ResizeMode, side: int = 48, interpolation: str = "bilinear", crop_pct: float = 0.8) -> ImageSpec:

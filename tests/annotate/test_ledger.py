@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annotate import ledger as ledger_module
-from annotate.images import TarShard
 from annotate.ledger import (
     FIRST_BACKOFF_SECONDS,
     MAX_ATTEMPTS,
@@ -18,6 +17,7 @@ from annotate.ledger import (
     ShardFailure,
 )
 from annotate.shard import ShardReport
+from tokenlabels.images import TarShard
 from tokenlabels.store import SkippedRecord
 
 Kind = Literal["busy", "transient", "final", "fatal"]

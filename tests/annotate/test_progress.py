@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from annotate import progress
-from annotate.images import ImageShard, TarShard
 from annotate.ledger import ShardFailure
 from annotate.progress import JsonLines, ProgressBar
 from annotate.shard import ShardReport
+from tokenlabels.images import ImageShard, TarShard
 from tokenlabels.store import LabelSet, SkippedRecord, TeacherRecord
 
 INFO = LabelSet(

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from annotate.decode import decode_rgb
-from annotate.images import ImageShard, find_shards
 from annotate.published import import_published
 from annotate.published_read import PublishedLayoutError
 from annotate.published_write import export_published
 from annotate.shard import ShardError
 from tokenlabels.geometry import view_center
+from tokenlabels.images import ImageShard, find_shards
+from tokenlabels.images.decode import decode_rgb
 from tokenlabels.store import ImageLevelRecord, LabelStoreError, open_store, verify_store
 
 SIZES_WH = {

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annotate.images import ImageShard, find_shards
 from annotate.recompute import RELATIVE_TOLERANCE, compare, recompute
 from annotate.shard import AnnotateConfig, annotate_shard
 from annotate.teachers import Teacher, TeacherSpec, load_teacher
+from tokenlabels.images import ImageShard, find_shards
 from tokenlabels.store import LabelStoreError, claim_shard, open_store, verify_store
 from tokenlabels.types import ScoreMap, ScoreMaps
 

@@ -13,13 +13,14 @@ import PIL
 import pytest
 import torch
 
-from annotate.decode import ImageSpec, decode_rgb, fit
+from annotate.fit import ImageSpec, fit
 from annotate.fitted import image_specs
-from annotate.folders import folder_shards
-from annotate.images import TarShard
 from annotate.shard import AnnotateConfig, annotate_shard, label_images, label_set, library_versions
 from annotate.teachers import Teacher, TeacherError, TeacherSpec, load_teacher
 from tokenlabels.geometry import ResizeMode
+from tokenlabels.images import TarShard
+from tokenlabels.images.decode import decode_rgb
+from tokenlabels.images.folders import folder_shards
 from tokenlabels.store import ImageLevelRecord, open_store, verify_store
 from tokenlabels.types import ScoreMap, ScoreMaps
 

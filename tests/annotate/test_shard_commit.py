@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from annotate.images import TarShard
 from annotate.shard import SHOWN_REASONS, AnnotateConfig, ShardError, ShardReport, annotate_shard
+from tokenlabels.images import TarShard
 from tokenlabels.store import (
     LabelStoreError,
     ShardBusyError,

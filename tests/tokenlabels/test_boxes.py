@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.transforms import RandomResizedCrop
 
-from annotate.decode import ImageSpec, fit
+from annotate.fit import ImageSpec, fit
 from tokenlabels.boxes import box_in_image, box_in_map, image_in_map, mirror_boxes, valid_range
 from tokenlabels.geometry import ResizeMode, valid_cells, view_center, view_letterbox, view_squash
 

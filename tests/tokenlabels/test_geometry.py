@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from annotate.decode import ImageSpec, fit
+from annotate.fit import ImageSpec, fit
 from tokenlabels import affine, boxes, geometry
 from tokenlabels.geometry import (
     ResizeMode,

@@ -26,9 +26,9 @@ from tokenlabels.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from annotate.images import ImageShard
     from annotate.ledger import RunReport
     from annotate.schedule import Job
+    from tokenlabels.images import ImageShard
 
 BackendName = Literal["inline", "ray"]
 
@@ -74,9 +74,9 @@ def annotate(
 ) -> None:
     """Label images with a teacher. Run it again to go on where it stopped."""
     _check_backend(backend, workers, ray_address)
-    from annotate.images import find_shards
     from annotate.schedule import Job, job_array_part
     from annotate.shard import AnnotateConfig
+    from tokenlabels.images import find_shards
 
     specs = teacher_specs(
         teacher,

@@ -28,10 +28,10 @@ def bench_annotate(
 ) -> None:
     """Inline backend against the bare teacher; two Ray workers against two processes."""
     from annotate.bench import bench_inline, bench_ray, scene_shards
-    from annotate.images import find_shards
     from annotate.schedule import Job
     from annotate.shard import AnnotateConfig
     from annotate.teachers import TeacherSpec
+    from tokenlabels.images import find_shards
 
     spec = TeacherSpec(name=teacher, weights="random", checkpoint=None, seed=0, image_size=image_size)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,8 +26,8 @@ def import_labels(
     max_skip: Annotated[float, typer.Option(help="Share of a shard's images without labels.", min=0, max=1)] = 0.001,
 ) -> None:
     """Bring published labels (.pt, float16 [2, k, H, W]) into a label set."""
-    from annotate.images import find_shards
     from annotate.published import import_published
+    from tokenlabels.images import find_shards
 
     console = Console(stderr=True)
     with console.status("matching names") as status:

@@ -26,8 +26,8 @@ from tokenlabels.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from annotate.images import ImageShard
     from annotate.teachers import TeacherSpec
+    from tokenlabels.images import ImageShard
     from tokenlabels.store import Finding
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
@@ -50,7 +50,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte and every value of a label set; exit 1 if anything is wrong."""
-    from annotate.images import find_shards
+    from tokenlabels.images import find_shards
     from tokenlabels.store import manifest_path, open_store, verify_store
 
     shards = {shard.stem: shard for shard in find_shards(images or [])}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from annotate import ledger
-from annotate.images import ImageShard, find_shards
 from annotate.ledger import ShardFailure
 from annotate.schedule import Job, ray_session, run_inline
 from annotate.shard import AnnotateConfig, ShardReport
 from annotate.specs import TeacherSpec
+from tokenlabels.images import ImageShard, find_shards
 from tokenlabels.store import LabelSet
 from tokenlabels.store.files import files_below
 from tokenlabels.store.writer import LOCK_FOLDER

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from annotate.images import find_shards
 from annotate.scenes import write_scenes
 from annotate.schedule import Job, run_inline
 from annotate.shard import AnnotateConfig
 from annotate.specs import TeacherSpec
+from tokenlabels.images import find_shards
 from tokenlabels.store import manifest_path, shard_path, verify_store
 from tokenlabels.store.files import TEMPORARY_MARK, file_lock
 from tokenlabels.store.writer import LOCK_FOLDER

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from annotate import schedule
-from annotate.images import EncodedImage, ImageShard, TarShard, find_shards
 from annotate.ledger import MAX_ATTEMPTS, RunStoppedError, ShardFailure
 from annotate.schedule import Job, run_inline, try_shard
 from annotate.shard import ShardError, ShardReport
+from tokenlabels.images import EncodedImage, ImageShard, TarShard, find_shards
 from tokenlabels.store import (
     DiskFullError,
     LabelStoreError,

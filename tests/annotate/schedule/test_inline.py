@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from annotate.images import ImageShard, TarShard
 from annotate.schedule import Job, job_array_part, run_inline
 from annotate.shard import AnnotateConfig
 from annotate.specs import TeacherSpec
 from annotate.teachers import TeacherError
+from tokenlabels.images import ImageShard, TarShard
 from tokenlabels.store import LabelStoreError, open_store, verify_store
 from tokenlabels.store.writer import LOCK_FOLDER
 

@@ -14,10 +14,10 @@ import pytest
 from ray import exceptions
 
 from annotate import schedule
-from annotate.images import ImageShard
 from annotate.ledger import MAX_ATTEMPTS, RunStoppedError, ShardFailure
 from annotate.schedule import Job, run_ray
 from annotate.shard import ShardReport
+from tokenlabels.images import ImageShard
 
 MakeRecorder = Callable[..., Any]
 Contents = Callable[[Path], dict[str, bytes]]

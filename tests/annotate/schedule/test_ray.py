@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from annotate.images import EncodedImage, ImageShard, TarShard, find_shards
 from annotate.ledger import RunStoppedError, ShardFailure
 from annotate.schedule import Job, run_inline, run_ray
 from annotate.shard import ShardReport
 from annotate.specs import TeacherSpec
 from annotate.teachers import TeacherError
+from tokenlabels.images import EncodedImage, ImageShard, TarShard, find_shards
 from tokenlabels.store import open_store, verify_store
 
 MakeRecorder = Callable[..., Any]

@@ -10,12 +10,12 @@ from typer.testing import Result
 
 from annotate import demo
 from annotate.demo import DemoMaterial
-from annotate.images import find_shards
 from annotate.scenes import write_scenes
 from annotate.schedule import Job
 from annotate.specs import TeacherSpec
 from tokenlabels import doctor
 from tokenlabels.doctor import Check
+from tokenlabels.images import find_shards
 from tokenlabels.store import open_store, shard_path
 
 Run = Callable[..., Result]

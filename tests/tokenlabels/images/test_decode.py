@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from annotate import decode
-from annotate.decode import UndecodableImageError, decode_rgb
+from tokenlabels.images import decode
+from tokenlabels.images.decode import UndecodableImageError, decode_rgb
 
 WIDTH, HEIGHT = 37, 23
 

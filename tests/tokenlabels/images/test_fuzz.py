@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from annotate.decode import ImageSpec, UndecodableImageError, decode_rgb, fit
-from annotate.images import TarShard
+from annotate.fit import ImageSpec, fit
+from tokenlabels.images import TarShard
+from tokenlabels.images.decode import UndecodableImageError, decode_rgb
 from tokenlabels.tars import TarError
 
 HANG_SECONDS = 60

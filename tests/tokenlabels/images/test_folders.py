@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-from annotate import folders
-from annotate.images import EncodedImage, FolderShard, SourceInfo, find_shards
+from tokenlabels.images import EncodedImage, FolderShard, SourceInfo, find_shards, folders
 
 
 def write_tree(root: Path, files: list[str]) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from annotate.images import EncodedImage, SourceInfo, TarShard, find_shards
+from tokenlabels.images import EncodedImage, SourceInfo, TarShard, find_shards
 from tokenlabels.tars import Member, TarError, TarReader
 
 Files = list[tuple[str, bytes]]

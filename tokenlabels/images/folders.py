@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from annotate.samples import EncodedImage, ImageShard
+from tokenlabels.images.samples import EncodedImage, ImageShard
 from tokenlabels.tars import is_plain_name
 
 FOLDER_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -21,14 +21,15 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.core import has_magic
 
-from annotate.folders import FolderShard, folder_shards
-from annotate.samples import EncodedImage, ImageShard, SourceInfo
+from tokenlabels.images.folders import folder_shards
+from tokenlabels.images.samples import EncodedImage, ImageShard
 from tokenlabels.tars import TarIndex, TarReader, TarSample, scan_tar
-
-__all__ = ["EncodedImage", "FolderShard", "ImageShard", "SourceInfo", "TarShard", "find_shards"]
 
 TAR_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Files of a tar's sample that are its image, the first that is there."""
+
+TAR_LABEL_EXTENSIONS = ("cls", "json")
+"""Files of a tar's sample that hold its label, the first that is there."""
 
 _CLASS_INDEX = re.compile(rb"\s*(-1|[0-9]{1,9})\s*")
 
@@ -156,21 +157,32 @@ def _shards_at(path: str) -> list[ImageShard]:
     return [TarShard(path)]
 
 
+def image_extension(sample: TarSample) -> str | None:
+    """Which of a sample's files is its image, or None if it has none."""
+    return _first_of(TAR_IMAGE_EXTENSIONS, sample)
+
+
+def label_extension(sample: TarSample) -> str | None:
+    """Which of a sample's files holds its label, or None if it has none."""
+    return _first_of(TAR_LABEL_EXTENSIONS, sample)
+
+
+def parse_label(extension: str, text: bytes) -> int | None:
+    """The class index in a `cls` or `json` file; None where there is none."""
+    return _label_of_cls(text) if extension == "cls" else _label_of_json(text)
+
+
 def _read_sample(reader: TarReader, sample: TarSample) -> EncodedImage:
-    image_extension = _first_of(TAR_IMAGE_EXTENSIONS, sample)
-    label_extension = _first_of(("cls", "json"), sample)
-    wanted = [sample.members[extension] for extension in (image_extension, label_extension) if extension]
+    image, label_file = image_extension(sample), label_extension(sample)
+    wanted = [sample.members[extension] for extension in (image, label_file) if extension]
     # In the order of the tar: a remote file is read ahead, and going back would fetch it again.
     data = {member: reader.read(member) for member in sorted(wanted, key=lambda member: member.offset)}
-    label = None
-    if label_extension:
-        parse = _label_of_cls if label_extension == "cls" else _label_of_json
-        label = parse(data[sample.members[label_extension]])
-    if not image_extension:
+    label = parse_label(label_file, data[sample.members[label_file]]) if label_file else None
+    if not image:
         has = ", ".join(sorted(sample.members))
         problem = f"no image member (has {has}; images are {', '.join(TAR_IMAGE_EXTENSIONS)})"
         return EncodedImage(sample.key, None, label, problem)
-    return EncodedImage(sample.key, data[sample.members[image_extension]], label, None)
+    return EncodedImage(sample.key, data[sample.members[image]], label, None)
 
 
 def _first_of(extensions: Sequence[str], sample: TarSample) -> str | None:
