@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from annotate.bench_store import simulate_maps, write_simulated
+from tests.loaders.photos import write_photos
+from tokenlabels.mixing import MixPlan
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -21,7 +23,7 @@ def python_blocks(containing: str) -> list[str]:
 def test_targets_and_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_simulated(tmp_path / "labels", simulate_maps(4, seed=0))
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks("token_label_loss")
+    (block,) = python_blocks("box_in_map")
     head = nn.Linear(8, 1000)
 
     def model(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,3 +42,26 @@ def test_targets_and_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     loss.backward()
     assert head.weight.grad is not None
     assert head.weight.grad.abs().max() > 0
+
+
+def test_training_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches on the CPU, of two small tars of the same names."""
+    photos = write_photos(tmp_path, (300, 230), num_classes=1000, stem="imagenet1k-train-{:04d}")
+    assert Path(photos.tars[1]).name == "imagenet1k-train-0001.tar"
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks("TokenLabelLoader")
+    for there, here in (("{0000..1023}", "{0000..0001}"), ('"cuda"', '"cpu"'), ("threads=16", "threads=2")):
+        assert there in block
+        block = block.replace(there, here)
+    head = nn.Linear(3, 1000)
+
+    def model(images: torch.Tensor, plan: MixPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = plan.mix(nn.functional.avg_pool2d(images, 16).flatten(2).mT)
+        return head(tokens.mean(dim=1)), head(tokens)
+
+    names: dict[str, Any] = {"model": model, "range": lambda _: range(1)}
+    exec(block, names)
+    assert names["batch"].images.shape == (256, 3, 224, 224)
+    assert names["loss"].isfinite()
+    names["loss"].backward()
+    assert head.weight.grad is not None

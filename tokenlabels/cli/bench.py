@@ -1,6 +1,8 @@
 """tokenlabels bench: the project's figures, measured here and now, as ratios."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -67,15 +69,45 @@ def bench_targets(
     rounds: Rounds = 5,
 ) -> None:
     """Sparse targets and loss against the dense form, on the CPU: time, bytes and peak memory."""
-    try:
+    with _needs_checkout("the dense form to compare with"):
         from jobs.bench.targets import NUM_DISTINCT, distinct_classes
         from jobs.bench.targets import bench_targets as measure
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("jobs"):
-            raise
-        message = "the dense form to compare with is in jobs/, which is not installed; run this from a checkout"
-        raise ValueError(message) from error
     for num_distinct in NUM_DISTINCT:
         typer.echo(measure(num_images, num_distinct, rounds=rounds))
     if label_sets:
         typer.echo(distinct_classes(label_sets))
+
+
+@bench.command("loader")
+@show_user_errors
+def bench_loader(
+    images: Annotated[list[str], typer.Argument(help="Photographs: tars or trees, a few hundred are enough.")],
+    num_images: Annotated[int, typer.Option(help="Samples per pass; the images are repeated.", min=1)] = 5200,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.", min=2)] = 128,
+    threads: Annotated[int, typer.Option(help="Threads, or worker processes of the others.", min=1)] = 2,
+    rounds: Rounds = 3,
+) -> None:
+    """The loader against its decoder alone, WebDataset and ImageFolder; what labels cost; memory; the first batch."""
+    with _needs_checkout("the other loaders to compare with"):
+        from jobs.bench.loader import bench_loader as measure
+        from jobs.bench.loader import prepare
+        from jobs.bench.loader_limits import measure_memory, measure_start
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = prepare(images, folder, num_images)
+        for comparison in measure(data, threads=threads, batch_size=batch_size, rounds=rounds):
+            typer.echo(comparison)
+        typer.echo(measure_memory(data.tars, data.labels, threads=threads, batch_size=batch_size))
+        typer.echo(measure_start(data.images[0], folder / "start", threads=threads, batch_size=batch_size))
+
+
+@contextmanager
+def _needs_checkout(what: str) -> Iterator[None]:
+    """Turn the missing `jobs` of an installed package into advice."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("jobs"):
+            raise
+        message = f"{what} is in jobs/, which is not installed; run this from a checkout"
+        raise ValueError(message) from error

@@ -59,7 +59,7 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises:
         UndecodableImageError: for whatever reason.
     """
-    _ignore_pillow_warnings()
+    ignore_pillow_warnings()
     if not data:
         raise UndecodableImageError("empty file")
     try:
@@ -151,7 +151,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _ignore_pillow_warnings() -> None:
+def ignore_pillow_warnings() -> None:
     """Ignore the warnings of Pillow's own modules: a reason says what is wrong with an image.
 
     For the whole process and not in a context, which would swap the filters of other threads; looked up again at every

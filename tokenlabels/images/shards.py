@@ -31,6 +31,9 @@ TAR_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TAR_LABEL_EXTENSIONS = ("cls", "json")
 """Files of a tar's sample that hold its label, the first that is there."""
 
+INDEX_SUFFIX = ".tar.index"
+"""Kept beside a tar, what is in it; no shard."""
+
 _CLASS_INDEX = re.compile(rb"\s*(-1|[0-9]{1,9})\s*")
 
 
@@ -134,7 +137,9 @@ def _find_local(name: str) -> list[str]:
     path = str(Path(name).expanduser().absolute())  # a worker has a working directory of its own
     if Path(path).exists():
         return [path]
-    return sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    found = glob.glob(path, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+    # "train-*" is meant for the tars and not for the indexes that are kept beside them.
+    return sorted(name for name in found if not name.endswith(INDEX_SUFFIX))
 
 
 def _find_remote(url: str) -> list[str]:

@@ -1,0 +1,149 @@
+"""The device's part of a batch: float work on pixels, mixing, targets.
+
+Order, as in timm: colours and geometry of RandAugment on the crop, normalisation, Random Erasing, mixing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loaders.batch import HostBatch, TokenLabelBatch
+from loaders.color_ops import apply_color
+from loaders.crop_targets import CropTargets
+from loaders.erasing import EraseMode, erase, erased_tokens
+from loaders.warp import warp
+from tokenlabels.checks import Grid
+from tokenlabels.mixing import MixPlan
+from tokenlabels.sparse_targets import TokenTargets
+
+Mix = Literal["mixtoken", "cutmix", "mixup", "random", "blockwise"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How samples are mixed.
+
+    Attributes:
+        kind: see `TokenLabelLoader`.
+        grid: (h, w) tokens.
+        image_size: (S_h, S_w) in pixels.
+        alpha: of the Beta distribution of shares.
+        prob: probability that a sample is mixed.
+    """
+
+    kind: Mix
+    grid: Grid
+    image_size: Grid
+    alpha: float
+    prob: float
+
+    def plan(self, num_samples: int, generator: torch.Generator) -> MixPlan:
+        """Draw who is mixed with whom."""
+        draw: dict[Mix, Callable[..., MixPlan]] = {
+            "mixtoken": MixPlan.mixtoken,
+            "cutmix": MixPlan.cutmix,
+            "mixup": MixPlan.mixup,
+            "random": MixPlan.random_patches,
+            "blockwise": MixPlan.blockwise,
+        }
+        size = {"mixup": {}, "cutmix": {"image_size": self.image_size}}.get(self.kind, {"grid": self.grid})
+        return draw[self.kind](num_samples, alpha=self.alpha, prob=self.prob, generator=generator, **size)
+
+
+@dataclass(frozen=True)
+class DeviceStage:
+    """Turns a host batch into what the model takes.
+
+    Attributes:
+        device: where to.
+        mean, std: of the normalisation, for values in 0..1.
+        crop_targets: from maps to targets, or None without maps.
+        num_classes: for targets from the labels of the data set where there are no maps; None makes no targets.
+        mixing: or None.
+        erase_mode: what an erased box is filled with.
+        ignore_erased: whether erased tokens are left out of the dense loss.
+    """
+
+    device: torch.device
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_targets: CropTargets | None = None
+    num_classes: int | None = None
+    mixing: Mixing | None = None
+    erase_mode: EraseMode = "pixel"
+    ignore_erased: bool = False
+
+    @torch.no_grad()
+    def __call__(self, host: HostBatch) -> TokenLabelBatch:
+        """One batch. The images of `host` may be overwritten when the device has come so far."""
+        generator = torch.Generator(self.device).manual_seed(host.hash % 2**63)
+        images = self._pixels(host, generator)
+        targets = self._targets(host)
+        plan = None
+        if self.mixing is not None and len(host) > 1:
+            plan = self.mixing.plan(len(host), generator)
+            if self.mixing.kind != "mixtoken":
+                images = plan.mix(images)
+            if targets is not None:
+                targets = plan.mix_targets(targets)
+        return TokenLabelBatch(
+            images=images,
+            targets=targets,
+            plan=plan,
+            labels=self._moved(torch.from_numpy(host.labels)),
+            keys=host.keys,
+            boxes=self._moved(torch.from_numpy(host.boxes).float()),
+            flip=self._moved(torch.from_numpy(host.flip)),
+        )
+
+    def _pixels(self, host: HostBatch, generator: torch.Generator) -> Tensor:
+        images = host.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
+        if host.augment is not None:
+            images = apply_color(images, host.augment.to(self.device, non_blocking=True), inplace=True)
+        if host.is_warped.any():
+            rows = self._moved(torch.from_numpy(host.is_warped.nonzero()[0]))
+            to_input = self._moved(torch.from_numpy(host.warp).float())
+            images = warp(images, to_input, self._mean, rows, inplace=True)
+        images = images.sub_(self._mean[:, None, None]).div_(self._std[:, None, None])
+        if host.erased is not None:
+            images = erase(images, self._moved(host.erased), self.erase_mode, generator, inplace=True)
+        return images
+
+    def _targets(self, host: HostBatch) -> TokenTargets | None:
+        if self.crop_targets is None:
+            if self.num_classes is None:
+                return None
+            return TokenTargets.from_labels(self._moved(torch.from_numpy(host.labels)), self.num_classes)
+        targets = self.crop_targets(host)
+        if host.erased is None or not self.ignore_erased or targets.grid is None:
+            return targets
+        erased = erased_tokens(self._moved(host.erased), host.images.shape[1:3], targets.grid).flatten(1)
+        return _without(targets, torch.cat([erased.new_zeros(len(host), 1), erased], dim=1))
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return 255 * torch.tensor(self.mean, device=self.device)
+
+    @cached_property
+    def _std(self) -> Tensor:
+        return 255 * torch.tensor(self.std, device=self.device)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _without(targets: TokenTargets, rows: Tensor) -> TokenTargets:
+    """The targets with these rows, bool [B, R], marked as having none."""
+    return replace(
+        targets,
+        weights=targets.weights.masked_fill(rows[..., None], 0),
+        background=targets.background.masked_fill(rows, 0),
+        valid=targets.valid & ~rows,
+    )
