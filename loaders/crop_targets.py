@@ -13,7 +13,7 @@ from torch import Tensor
 from loaders.batch import HostBatch
 from tokenlabels.affine import affine_from_boxes, affine_in_map, compose_affine
 from tokenlabels.boxes import box_in_map
-from tokenlabels.checks import Grid
+from tokenlabels.checks import Grid, check_choice
 from tokenlabels.geometry import BORDER_TOLERANCE
 from tokenlabels.sparse_targets import TokenTargets
 from tokenlabels.target_inputs import InterpolationRule
@@ -39,6 +39,9 @@ class CropTargets:
     interpolate: InterpolationRule
     fills_beyond_crop: bool
     device: torch.device
+
+    def __post_init__(self) -> None:
+        check_choice("interpolate", self.interpolate, InterpolationRule)
 
     def __call__(self, host: HostBatch) -> TokenTargets:
         """The targets of all rows, before any mixing."""

@@ -6,7 +6,9 @@ Plain Python on plain numbers, a few microseconds per image: the threads of the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
+from tokenlabels.checks import is_number
 from tokenlabels.geometry import Box
 
 MAX_CROP_ATTEMPTS = 10
@@ -56,12 +58,16 @@ class PixelBox:
 
 def check_crop_range(scale: Sequence[float], ratio: Sequence[float]) -> None:
     """Refuse what `random_resized_crop` cannot draw from; once per loader, as the crops themselves do not check."""
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+    if not _is_pair(scale) or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(
             f"scale must be (lowest, highest) share of the image's area, above 0 and at most 1, got {scale}"
         )
-    if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1] < math.inf:
+    if not _is_pair(ratio) or not 0 < ratio[0] <= ratio[1] < math.inf:
         raise ValueError(f"ratio must be (lowest, highest) width over height, both above 0, got {ratio}")
+
+
+def _is_pair(values: object) -> TypeGuard[Range]:
+    return isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
 
 
 def random_resized_crop(
@@ -126,7 +132,7 @@ class CenterCrop:
 
 def check_crop_pct(crop_pct: float) -> None:
     """Refuse what `center_crop` cannot cut; once per loader, as the crops themselves do not check."""
-    if not 0 < crop_pct <= 1:
+    if not is_number(crop_pct) or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
 
 

@@ -30,9 +30,9 @@ from tokenlabels.geometry import Box
 from tokenlabels.images.decode import (
     FORMATS,
     MAX_PIXELS,
-    ignore_pillow_warnings,
     decode_rgb,
     exif_orientation,
+    ignore_pillow_warnings,
 )
 
 Encoded = bytes | bytearray | memoryview

@@ -3,7 +3,8 @@
 Order, as in timm: colours and geometry of RandAugment on the crop, normalisation, Random Erasing, mixing.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -16,7 +17,7 @@ from loaders.color_ops import apply_color
 from loaders.crop_targets import CropTargets
 from loaders.erasing import EraseMode, erase, erased_tokens
 from loaders.warp import warp
-from tokenlabels.checks import Grid
+from tokenlabels.checks import Grid, check_choice, check_share, is_number
 from tokenlabels.mixing import MixPlan
 from tokenlabels.sparse_targets import TokenTargets
 
@@ -41,6 +42,12 @@ class Mixing:
     alpha: float
     prob: float
 
+    def __post_init__(self) -> None:
+        check_choice("mix", self.kind, Mix)
+        check_share("mix_prob", self.prob)
+        if not is_number(self.alpha) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"mix_alpha must be a finite number above 0, got {self.alpha!r}; mix=None mixes nothing")
+
     def plan(self, num_samples: int, generator: torch.Generator) -> MixPlan:
         """Draw who is mixed with whom."""
         draw: dict[Mix, Callable[..., MixPlan]] = {
@@ -52,6 +59,21 @@ class Mixing:
         }
         size = {"mixup": {}, "cutmix": {"image_size": self.image_size}}.get(self.kind, {"grid": self.grid})
         return draw[self.kind](num_samples, alpha=self.alpha, prob=self.prob, generator=generator, **size)
+
+
+def choose_mixing(
+    mix: Mix | None, grid: Grid, image_size: Grid, alpha: float, prob: float, batch_size: int
+) -> Mixing | None:
+    """How to mix batches of this size, or None.
+
+    Raises:
+        ValueError: an argument is not allowed, or there is nobody to be mixed with.
+    """
+    if mix is None:
+        return None
+    if batch_size == 1:
+        raise ValueError(f"mix={mix!r} needs another sample of the batch, but batch_size is 1; raise it, or mix=None")
+    return Mixing(mix, grid, image_size, alpha, prob)
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,11 @@ class DeviceStage:
     mixing: Mixing | None = None
     erase_mode: EraseMode = "pixel"
     ignore_erased: bool = False
+
+    def __post_init__(self) -> None:
+        _check_channels("mean", self.mean, -math.inf)
+        _check_channels("std", self.std, 0)
+        check_choice("erase_mode", self.erase_mode, EraseMode)
 
     @torch.no_grad()
     def __call__(self, host: HostBatch) -> TokenLabelBatch:
@@ -137,6 +164,15 @@ class DeviceStage:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+def _check_channels(name: str, values: object, above: float) -> None:
+    """Refuse what is not a finite number per channel, above a bound."""
+    if not isinstance(values, Sequence) or len(values) != 3 or not all(map(is_number, values)):
+        raise ValueError(f"{name} must be three numbers, for red, green and blue, got {values!r}")
+    if not all(above < value < math.inf for value in values):
+        bound = "" if above < 0 else f" above {above}"
+        raise ValueError(f"{name} must be three finite numbers{bound}, got {values!r}")
 
 
 def _without(targets: TokenTargets, rows: Tensor) -> TokenTargets:

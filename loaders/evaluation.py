@@ -9,19 +9,18 @@ from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENE
 from torch.utils.data import IterableDataset
 
 from loaders.batch import TokenLabelBatch
-from loaders.crops import check_crop_pct
 from loaders.dataset import ImageDataset
 from loaders.decode import DecoderName, Interpolation, get_decoder
 from loaders.device import DeviceStage
 from loaders.finish import FinishBatch, OnError
-from loaders.options import check_choice, num_threads, ranks, refuse_worker_processes
+from loaders.options import choose_device, num_threads, ranks, refuse_worker_processes
 from loaders.passes import run_pass
 from loaders.plan import SequentialPlan
 from loaders.prepare import prepare_batches
 from loaders.rows import CenterCrop
 from loaders.stats import LoaderStats
 from loaders.stream import StreamConfig
-from tokenlabels.checks import check_count, check_grid
+from tokenlabels.checks import check_grid
 
 
 class EvaluationLoader(IterableDataset[TokenLabelBatch]):
@@ -34,7 +33,8 @@ class EvaluationLoader(IterableDataset[TokenLabelBatch]):
         images: WebDataset tars or ImageFolder trees, as for `TokenLabelLoader`.
         crop_pct: the shorter side is resized to image_size / crop_pct before the centre is cut out.
         on_error: what becomes of a sample that cannot be used: "raise", or "skip", which logs it and makes its batch
-            shorter; `stats().num_skipped` counts them.
+            shorter; `stats().num_skipped` counts them. A batch of nothing else does not come at all, and its rank is a
+            step short.
 
     The other arguments and the errors are those of `TokenLabelLoader`.
     """
@@ -59,11 +59,7 @@ class EvaluationLoader(IterableDataset[TokenLabelBatch]):
         index_dir: str | Path | None = None,
     ) -> None:
         size = check_grid((image_size, image_size) if isinstance(image_size, int) else image_size, "image_size")
-        check_crop_pct(crop_pct)
-        check_choice("on_error", on_error, OnError)
-        check_count("prefetch", prefetch)
-        self.device = torch.device(device)
-        self.dataset = ImageDataset.find(images, None if index_dir is None else Path(index_dir))
+        self.device = choose_device(device)
         self.batch_size = batch_size
         self._rank, self._world_size = rank, world_size
         self._stream = StreamConfig(
@@ -77,6 +73,7 @@ class EvaluationLoader(IterableDataset[TokenLabelBatch]):
             finish=FinishBatch(on_error, keeps_size=False, num_classes=None),
         )
         self._stage = DeviceStage(self.device, mean, std)
+        self.dataset = ImageDataset.find(images, None if index_dir is None else Path(index_dir))
         self._stats = LoaderStats()
         self._plan()  # refuses what does not fit before hours are spent
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from loaders.batch import HostBatch
+from tokenlabels.checks import check_choice
 from tokenlabels.vocabulary import find_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ class FinishBatch:
     on_error: OnError
     keeps_size: bool
     num_classes: int | None
+
+    def __post_init__(self) -> None:
+        check_choice("on_error", self.on_error, OnError)
 
     def __call__(self, host: HostBatch) -> None:
         """Finish one batch. One without any usable row keeps its problems."""

@@ -11,15 +11,15 @@ from torch.utils.data import IterableDataset
 
 from loaders.batch import TokenLabelBatch
 from loaders.crop_targets import CropTargets
-from loaders.crops import check_crop_range
 from loaders.dataset import ImageDataset
 from loaders.decode import DecoderName, Interpolation, get_decoder
-from loaders.device import DeviceStage, Mix, Mixing
+from loaders.device import DeviceStage, Mix, choose_mixing
 from loaders.erasing import EraseMode
 from loaders.finish import FinishBatch, OnError
 from loaders.options import (
     Supervision,
-    check_choice,
+    check_epoch,
+    choose_device,
     choose_supervision,
     join_labels,
     num_threads,
@@ -35,7 +35,7 @@ from loaders.rows import RandomCrop
 from loaders.state import Position
 from loaders.stats import LoaderStats
 from loaders.stream import Source, StreamConfig
-from tokenlabels.checks import check_count, check_grid, check_share
+from tokenlabels.checks import check_choice, check_grid, check_share
 from tokenlabels.store import LabelStore, open_store
 from tokenlabels.target_inputs import InterpolationRule
 
@@ -79,7 +79,7 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         mean, std: of the normalisation.
         device: where batches go.
         threads: that read and decode; None means one per core.
-        prefetch: batches ahead.
+        prefetch: batches ahead, at least 1.
         on_error: what becomes of a sample that cannot be used: "raise", or "skip", which logs it and puts another
             sample of the batch into its place.
         index_dir: where indexes of tars are cached; None means beside the tars, or in the user's cache directory.
@@ -127,19 +127,12 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
     ) -> None:
         size = check_grid((image_size, image_size) if isinstance(image_size, int) else image_size, "image_size")
         self.grid = token_grid(grid, size)
-        self.device = torch.device(device)
-        check_crop_range(scale, ratio)
-        for name, share in (("hflip", hflip), ("erase_prob", erase_prob), ("mix_prob", mix_prob)):
-            check_share(name, share)
+        self.device = choose_device(device)
+        check_share("erase_prob", erase_prob)
         check_choice("augment_order", augment_order, AugmentOrder)
-        check_choice("on_error", on_error, OnError)
-        check_count("prefetch", prefetch)
-        self.dataset = ImageDataset.find(images, None if index_dir is None else Path(index_dir))
         store = labels if isinstance(labels, LabelStore) or labels is None else open_store(labels)
         self.supervision, self.num_classes = choose_supervision(supervision, store, num_classes)
-        self._join = None
-        if store is not None and self.supervision != "hard":
-            self._join = join_labels(store, self.dataset)
+        has_maps = store is not None and self.supervision != "hard"
         self.batch_size, self.seed, self.shuffle_shards, self.last = batch_size, seed, shuffle_shards, last
         self._rank, self._world_size = rank, world_size
         before_crop = augment_order == "before crop"
@@ -160,10 +153,10 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
             pin_memory=self.device.type == "cuda",
             decoder=get_decoder(decoder),
             crop=RandomCrop(scale, ratio, hflip, interpolation, before_crop),
-            finish=FinishBatch(on_error, keeps_size=True, num_classes=None if self._join is None else self.num_classes),
+            finish=FinishBatch(on_error, keeps_size=True, num_classes=self.num_classes if has_maps else None),
         )
         crop_targets = None
-        if self._join is not None and self.num_classes is not None:
+        if has_maps and self.num_classes is not None:
             rows = self.grid if self.supervision == "token" else None
             crop_targets = CropTargets(self.num_classes, rows, interpolate, not before_crop, self.device)
         self._stage = DeviceStage(
@@ -172,13 +165,17 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
             std=std,
             crop_targets=crop_targets,
             num_classes=self.num_classes,
-            mixing=None if mix is None else Mixing(mix, self.grid, size, mix_alpha, mix_prob),
+            mixing=choose_mixing(mix, self.grid, size, mix_alpha, mix_prob, batch_size),
             erase_mode=erase_mode,
             ignore_erased=ignore_erased,
         )
+        # What follows reads files: all that can be refused without them has been.
+        self.dataset = ImageDataset.find(images, None if index_dir is None else Path(index_dir))
+        self._join = join_labels(store, self.dataset) if store is not None and has_maps else None
         self._stats = LoaderStats()
         self._epoch = self._batch = self._start = 0
         self._resumed = False
+        self._pass: object = None  # the newest, which the position follows
         self._plan()  # refuses what does not fit before hours are spent
 
     def set_epoch(self, epoch: int) -> None:
@@ -186,8 +183,10 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
 
         Without calls of this, every finished pass goes on with the next epoch.
         """
+        check_epoch(epoch)
         if epoch != self._epoch or self._is_handed_out():
             self._epoch, self._batch, self._start, self._resumed = epoch, 0, 0, False
+            self._pass = None
 
     def __iter__(self) -> Iterator[TokenLabelBatch]:
         """The batches of the epoch; after `load_state_dict` those that are left of it."""
@@ -198,10 +197,12 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
             self._batch = self._start = 0
         self._resumed = False
         epoch, self._stats = self._epoch, LoaderStats()
+        this_pass = self._pass = object()
         for number, batch in run_pass(self.source(), self.stream_config, self._stage, self._stats):
-            self._batch = number + 1
+            if self._pass is this_pass:
+                self._batch = number + 1
             yield batch
-        if self._epoch == epoch:
+        if self._pass is this_pass:
             self.set_epoch(epoch + 1)
 
     def source(self) -> Source:
@@ -233,14 +234,19 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
             ValueError: the state is of other images, another batch size or another way of shuffling.
         """
         saved = Position.from_state(state)
-        saved.refuse_others(self._position())
+        present = self._position()
+        saved.refuse_others(present)
+        before = self._plan(saved)
+        if saved.batch > len(before):
+            raise ValueError(
+                f"the state is of batch {saved.batch}, but with last={self.last!r} {saved.world_size} ranks have "
+                f"{len(before)} batches; use the same `last`, or begin an epoch anew with set_epoch"
+            )
         self.seed, self._epoch, self._batch, self._start = saved.seed, saved.epoch, saved.batch, saved.start
         self._randomness.keywords["seed"] = saved.seed
-        _, world_size = self._ranks()
-        if saved.world_size != world_size:
-            before = self._plan(rank=0, world_size=saved.world_size)
+        if saved.world_size != present.world_size:
             self._start, self._batch = before.consumed(saved.batch), 0
-        self._resumed = True
+        self._resumed, self._pass = True, None
 
     def stats(self) -> LoaderStats:
         """Speed of the pass that began last, and where the time went."""
@@ -253,18 +259,18 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
     def _ranks(self) -> tuple[int, int]:
         return ranks(self._rank, self._world_size)
 
-    def _plan(self, rank: int | None = None, world_size: int | None = None) -> EpochPlan:
-        if rank is None or world_size is None:
-            rank, world_size = self._ranks()
+    def _plan(self, position: Position | None = None) -> EpochPlan:
+        """The plan of this rank from here, or of all that a position says, of its first rank."""
+        rank, here = (self._ranks()[0], self._position()) if position is None else (0, position)
         return EpochPlan(
             self.dataset.lengths,
-            seed=self.seed,
-            epoch=self._epoch,
-            shuffle_shards=self.shuffle_shards,
-            batch_size=self.batch_size,
+            seed=here.seed,
+            epoch=here.epoch,
+            shuffle_shards=here.shuffle_shards,
+            batch_size=here.batch_size,
             rank=rank,
-            world_size=world_size,
-            start=self._start,
+            world_size=here.world_size,
+            start=here.start,
             last=self.last,
         )
 

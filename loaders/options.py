@@ -3,14 +3,15 @@
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal
 
+import torch
 from torch import distributed
 from torch.utils.data import get_worker_info
 
 from loaders.dataset import ImageDataset
 from loaders.label_windows import LabelJoin
-from tokenlabels.checks import Grid, check_count, check_grid
+from tokenlabels.checks import Grid, check_choice, check_count, check_grid
 from tokenlabels.store import LabelStore
 
 logger = logging.getLogger(__name__)
@@ -21,12 +22,6 @@ PATCH_SIZE_PX = 16
 
 # A teacher that agrees with the data set this rarely has other classes, or the same in another order.
 SUSPICIOUS_AGREEMENT = 0.05
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse what is none of the values of a `Literal`."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 def token_grid(grid: int | Sequence[int] | None, image_size: Grid) -> Grid:
@@ -47,6 +42,23 @@ def token_grid(grid: int | Sequence[int] | None, image_size: Grid) -> Grid:
             "give the grid of the model's tokens at this size"
         )
     return rows, columns
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: it is neither the CPU nor a CUDA device of this machine.
+    """
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:<number>', got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or a CUDA device, got {device!r}; move batches elsewhere from the CPU")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    return chosen
 
 
 def choose_supervision(
@@ -92,6 +104,12 @@ def join_labels(store: LabelStore, dataset: ImageDataset) -> LabelJoin:
             100 * agreement,
         )
     return join
+
+
+def check_epoch(epoch: object) -> None:
+    """Refuse what is no number of an epoch, counted from 0."""
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+        raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
 
 
 def ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

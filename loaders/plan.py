@@ -8,7 +8,6 @@ an epoch goes on from there with any number of ranks. It is made a window at a t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
 from itertools import count
 from typing import Literal, get_args
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loaders.randomness import hash_of, permutation
+from tokenlabels.lazy import cached_property
 
 Last = Literal["drop", "repeat"]
 """What becomes of the samples at the end of an epoch that do not fill a global batch. See `EpochPlan`."""
@@ -83,6 +83,7 @@ class EpochPlan:
         _check_common(self.lengths, self.batch_size, self.rank, self.world_size)
         _check_at_least("shuffle_shards", self.shuffle_shards, 1)
         _check_at_least("epoch", self.epoch, 0)
+        _check_integer("seed", self.seed)
         if self.last not in get_args(Last):
             raise ValueError(f"last must be one of {get_args(Last)}, got {self.last!r}")
         if not 0 <= self.start <= self.num_samples:
@@ -266,13 +267,19 @@ def _check_common(lengths: tuple[int, ...], batch_size: int, rank: int, world_si
         )
     _check_at_least("batch_size", batch_size, 1)
     _check_at_least("world_size", world_size, 1)
-    if not 0 <= rank < world_size:
+    _check_at_least("rank", rank, 0)
+    if rank >= world_size:
         raise ValueError(f"rank must be in 0..{world_size - 1}, as world_size is {world_size}, got {rank}")
 
 
 def _check_at_least(name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 def _check_batch(name: str, value: int, num_batches: int) -> None:

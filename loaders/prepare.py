@@ -1,6 +1,7 @@
 """From the plan of an epoch to batches that threads can fill: open shards, labels, random numbers."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,24 +66,46 @@ class Randomness:
 class OpenWindow:
     """The shards and labels of a window, held until the last batch with samples of it is finished.
 
+    Labels are read apart and waited for only when a batch is full: decoding can begin without them.
+
     Attributes:
         samples: as in `Window`.
         num_batches: how many batches with samples of it are still to be finished.
         files: its shards, open, by their number.
-        maps: labels of its samples, or None.
     """
 
     def __init__(self, dataset: ImageDataset, window: Window, join: LabelJoin | None) -> None:
         self.samples = window.samples
         self.num_batches = 0
         self.files: dict[int, ShardFile] = {}
+        self._window, self._join = window, join
+        self._maps: Future[LabelBlock | None] = Future()
         try:
             for shard in np.unique(window.samples[:, 0]).tolist():
                 self.files[shard] = dataset.shards[shard].open()
-            self.maps = None if join is None else join.read(window, lambda shard: self.files[shard].index.keys)
         except BaseException:
             self.close()
             raise
+        self._keys = {shard: file.index.keys for shard, file in self.files.items()}
+
+    def read_labels(self) -> None:
+        """Read the labels of all samples, for those who wait in `maps`; what goes wrong is raised there."""
+        try:
+            self._maps.set_result(None if self._join is None else self._join.read(self._window, self._keys.__getitem__))
+        except BaseException as error:
+            self._maps.set_exception(error)
+
+    def give_up_labels(self) -> None:
+        """Let nobody wait for labels that will not be read."""
+        self._maps.cancel()
+
+    def maps(self) -> LabelBlock | None:
+        """Labels of all samples, or None without labels; waits for them.
+
+        Raises:
+            Exception: what kept them from being read.
+        """
+        return self._maps.result()
 
     def close(self) -> None:
         """Close the files; the labels go when nobody holds them."""
@@ -93,10 +116,32 @@ class OpenWindow:
 
 @dataclass(eq=False)
 class WindowedBatch:
-    """A prepared batch, and the windows that its samples are from."""
+    """A prepared batch.
+
+    Attributes:
+        batch: its rows.
+        windows: where its samples are from.
+        spans: the samples (start, stop) of each window.
+    """
 
     batch: PreparedBatch
     windows: tuple[OpenWindow, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def attach_labels(self) -> None:
+        """Give every row its map; waits until the labels are there.
+
+        Raises:
+            Exception: what kept them from being read.
+        """
+        parts = [(window.maps(), span) for window, span in zip(self.windows, self.spans, strict=True)]
+        blocks = [maps.slice(*span) for maps, span in parts if maps is not None]
+        if not blocks:
+            return
+        host = self.batch.host
+        host.maps = blocks[0] if len(blocks) == 1 else LabelBlock.concatenate(blocks)
+        for row, reason in host.maps.problems.items():
+            host.problems[row] = sample_error(self.batch.files[row].path, host.keys[row], "labels", reason)
 
 
 def prepare_batches(
@@ -164,12 +209,7 @@ def _batch_of(
         is_warped=np.zeros(num, np.bool_),
         hash=0,
     )
-    blocks = [window.maps.slice(start, stop) for window, start, stop in parts if window.maps is not None]
     batch = PreparedBatch(host, files, rows, np.zeros((num, 0)))
-    if blocks:
-        host.maps = blocks[0] if len(blocks) == 1 else LabelBlock.concatenate(blocks)
-        for row, reason in host.maps.problems.items():
-            host.problems[row] = sample_error(files[row].path, keys[row], "labels", reason)
     for row, label in enumerate(labels):
         if num_labels is not None and not 0 <= label < num_labels:
             what = "no class index in its cls or json" if label < 0 else f"class {label}"
@@ -177,5 +217,5 @@ def _batch_of(
             host.problems[row] = sample_error(files[row].path, keys[row], "label", reason)
     if draw is not None:
         draw(batch)
-    windows = tuple(window for window, _, _ in parts)
-    return WindowedBatch(batch, windows)
+    windows, spans = tuple(window for window, _, _ in parts), tuple((start, stop) for _, start, stop in parts)
+    return WindowedBatch(batch, windows, spans)

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loaders.batch import HostBatch, SampleError
-from loaders.crops import PixelBox, random_resized_crop
+from loaders.crops import PixelBox, check_crop_pct, check_crop_range, random_resized_crop
 from loaders.decode import Decoder, Interpolation
 from loaders.shard_files import ShardFile
 from tokenlabels.affine import affine_from_boxes, apply_affine, compose_affine, invert_affine
+from tokenlabels.checks import check_choice, check_share
 from tokenlabels.tars import TarError
 
 CORNERS_XY = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
@@ -63,6 +64,11 @@ class RandomCrop:
     interpolation: Interpolation
     augment_before_crop: bool
 
+    def __post_init__(self) -> None:
+        check_crop_range(self.scale, self.ratio)
+        check_share("hflip", self.flip)
+        check_choice("interpolation", self.interpolation, Interpolation)
+
     def __call__(self, decoder: Decoder[Any], image: Any, batch: PreparedBatch, row: int, out: Tensor) -> None:
         """See `Crop`."""
         width, height = decoder.size(image)
@@ -101,6 +107,10 @@ class CenterCrop:
 
     crop_pct: float
     interpolation: Interpolation
+
+    def __post_init__(self) -> None:
+        check_crop_pct(self.crop_pct)
+        check_choice("interpolation", self.interpolation, Interpolation)
 
     def __call__(self, decoder: Decoder[Any], image: Any, batch: PreparedBatch, row: int, out: Tensor) -> None:
         """See `Crop`."""

@@ -1,5 +1,6 @@
 """Where a run is in its data, for checkpoints."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -39,7 +40,12 @@ class Position:
         if not isinstance(state, dict) or set(state) != set(names):
             got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"not the state of a TokenLabelLoader: it has {', '.join(names)}; got {got}")
-        return cls(**state)
+        position = cls(**state)
+        for name, lowest in (("seed", -math.inf), ("epoch", 0), ("batch", 0), ("start", 0), ("world_size", 1)):
+            value = getattr(position, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"not the state of a TokenLabelLoader: its {name} is {value!r}")
+        return position
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and strings, for `torch.save` or JSON."""

@@ -5,6 +5,7 @@ batch in turn, whichever it is, so that no buffer waits for a slow thread. The c
 order. Nothing here is random, and what goes wrong with a row stays with its batch until that is handed out.
 """
 
+import atexit
 import os
 import threading
 import weakref
@@ -21,9 +22,12 @@ from loaders.decode import Decoder
 from loaders.prepare import OpenWindow, WindowedBatch
 from loaders.rows import Crop, fill_row
 from loaders.stats import LoaderStats
+from tokenlabels.checks import check_count
 
 # The one that is being read and the one after it.
 OPEN_WINDOWS = 2
+
+_IMPORTED_IN = os.getpid()
 
 # Batches whose pixels may still be on their way to a GPU: the one in use and the one after it.
 UPLOADS = 2
@@ -44,7 +48,7 @@ class StreamConfig:
         batch_size: the largest number of rows of a batch.
         image_size: (S_h, S_w) in pixels.
         num_threads: that read and decode.
-        prefetch: batches that may be ready or being filled while one is being used.
+        prefetch: batches that may be ready or being filled while one is being used, at least 1.
         pin_memory: whether the ring lies in memory from which CUDA copies without waiting.
         decoder, crop: from bytes to pixels.
         finish: called by a thread for every batch that is full.
@@ -59,6 +63,9 @@ class StreamConfig:
     crop: Crop
     finish: Callable[[HostBatch], None]
 
+    def __post_init__(self) -> None:
+        check_count("prefetch", self.prefetch)
+
 
 @dataclass(eq=False)
 class _Filling:
@@ -69,6 +76,7 @@ class _Filling:
     num_taken: int = 0
     num_filled: int = 0
     is_complete: bool = False
+    failure: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -112,8 +120,13 @@ class BatchStream:
             threading.Thread(target=_fill, args=(shared,), name=f"loader-{number}", daemon=True)
             for number in range(config.num_threads)
         ]
+        if os.getpid() != _IMPORTED_IN:
+            # The threads of OpenMP do not survive a fork, and torch would wait for them for ever.
+            torch.set_num_threads(1)
         # The threads hold nothing of this object, so that it can be let go of in the middle of an epoch.
         self._finalizer = weakref.finalize(self, _close, shared, self._threads, self._process)
+        self._finalizer.atexit = False
+        _streams.add(self)
         intra_op_threads = torch.get_num_threads()
         for thread in self._threads:
             thread.start()
@@ -143,6 +156,8 @@ class BatchStream:
                 raise shared.crash
             if shared.filling:
                 filling = shared.filling.popleft()
+                if filling.failure is not None:
+                    raise filling.failure
                 host = filling.source.batch.host
                 self._lent[host.number] = filling.slot
                 return host
@@ -160,6 +175,19 @@ class BatchStream:
     def close(self) -> None:
         """Stop the threads and close all files."""
         self._finalizer()
+
+
+_streams: weakref.WeakSet[BatchStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At exit, before zarr stops the thread without which those that read labels would wait for ever.
+
+    What was registered last runs first, and zarr is imported above.
+    """
+    for stream in list(_streams):
+        stream.close()
 
 
 def _is_decided(shared: _Shared) -> bool:
@@ -185,12 +213,20 @@ def _close(shared: _Shared, threads: list[threading.Thread], process: int) -> No
     shared.windows.clear()
 
 
-def _prepare(shared: _Shared, source: Source) -> None:
-    """Body of the thread that opens windows."""
+def _begin(shared: _Shared) -> None:
+    """Ask for one intra-op thread in this thread, and say so."""
+    torch.get_num_threads()  # torch gives a thread its number when it is first used, and would forget ours then
     torch.set_num_threads(1)
     shared.started.release()
 
+
+def _prepare(shared: _Shared, source: Source) -> None:
+    """Body of the thread that opens windows and reads their labels."""
+    _begin(shared)
+    unlabelled: deque[OpenWindow] = deque()
+
     def on_open(window: OpenWindow) -> None:
+        unlabelled.append(window)
         with shared.changed:
             shared.windows.add(window)
 
@@ -211,18 +247,23 @@ def _prepare(shared: _Shared, source: Source) -> None:
                 else:
                     shared.waiting.extend(window_batches)
                 shared.changed.notify_all()
+            while unlabelled:
+                unlabelled[0].read_labels()
+                unlabelled.popleft()
             if window_batches is None:
                 return
     except BaseException as error:  # the consumer raises it
         with shared.changed:
             shared.failure = error
             shared.changed.notify_all()
+    finally:
+        for window in unlabelled:
+            window.give_up_labels()
 
 
 def _fill(shared: _Shared) -> None:
     """Body of the threads that read and decode."""
-    torch.set_num_threads(1)
-    shared.started.release()
+    _begin(shared)
     decoder, crop = shared.config.decoder, shared.config.crop
     try:
         while (task := _next_row(shared)) is not None:
@@ -278,7 +319,11 @@ def _row_is_filled(shared: _Shared, filling: _Filling, seconds: tuple[float, flo
         if filling.num_filled < len(host):
             return
     host.images = filling.slot[: len(host)]
-    shared.config.finish(host)
+    try:
+        filling.source.attach_labels()
+        shared.config.finish(host)
+    except Exception as error:  # raised where the batch would be handed out
+        filling.failure = error
     unused: list[OpenWindow] = []
     with shared.changed:
         filling.is_complete = True

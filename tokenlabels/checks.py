@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -56,6 +56,12 @@ def check_count(name: str, value: object) -> None:
     """Refuse what is no integer of at least 1."""
     if not _is_count(value):
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse what is none of the values of a `Literal`."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 def check_share(name: str, value: object) -> None:

@@ -21,23 +21,30 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 from loaders import TokenLabelBatch, TokenLabelLoader
 from loaders.device import Mix
 from loaders.rand_augment import RandAugment
-from tests.loaders.conftest import encode, write_label_set, write_tar
+from tests.loaders.photos import encode, write_label_set, write_tar
 from tokenlabels.affine import affine_from_boxes, apply_affine, invert_affine, token_centres
 from tokenlabels.boxes import box_in_map
 from tokenlabels.geometry import cell_centres, valid_cells, view_center, view_letterbox, view_squash
 from tokenlabels.types import ScoreMaps
 
 MAP, TOKENS = (16, 16), (14, 14)
-SIDE = 14 * 15  # the middle of a token is the middle of a pixel, so that it shows the image or fill and not a bit of both
+SIDE = (
+    14 * 15
+)  # the middle of a token is the middle of a pixel, so that it shows the image or fill and not a bit of both
 SIZES_WH = [(256, 256), (320, 200), (180, 300), (500, 150), (160, 170), (140, 420)]
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)
 GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
-# Positions read off the pixels are whole grey levels of 255 that were rounded when the image was made and when its crop
-# was resized; along the border of a crop bicubic resizing leans inwards, by less than a pixel of the image.
+# Positions read off the pixels were rounded to grey levels when the image was made and when its crop was resized; at
+# the border of a crop, bicubic resizing leans inwards by a part of a pixel of the image.
 GREY_LEVEL = 1 / 255
-TOKEN_TOLERANCE = GREY_LEVEL
-MIN_IOU = 0.98
+# Beyond the outermost centres of cells maps are constant. A token across such a bend takes at least one sample per
+# cell, and the mean of one sample is off by an eighth of a cell at most.
+BEND = 1 / 8
+# Of regions fitted to all pixels and to all tokens; the distance from 1 is the rounding to grey levels.
+MIN_IOU = 0.99
+# Fewer tokens that lie wholly in the map do not say well enough where the others would be.
+MIN_TOKENS = 20
 
 ViewName = Literal["squash", "center", "letterbox"]
 VIEWS: dict[ViewName, Callable[[int, int], tuple[float, ...]]] = {
@@ -87,7 +94,9 @@ class Positions:
         return batch
 
 
-def write_positions(folder: Path, images: dict[str, bytes], sizes_wh: list[tuple[int, int]], extension: str) -> Positions:
+def write_positions(
+    folder: Path, images: dict[str, bytes], sizes_wh: list[tuple[int, int]], extension: str
+) -> Positions:
     tar, labels, views = folder / "train.tar", {}, {}
     write_tar(tar, {key: {extension: data} for key, data in images.items()})
     for name, view_of in VIEWS.items():
@@ -123,21 +132,33 @@ class Seen:
     Attributes:
         by_pixels: float64 [B, N, 2], the mean of the pixels.
         by_labels: float64 [B, N, 2], the mean of the target.
+        tolerance: float64 [B, N, 2], how far the two may be apart.
         is_whole: bool [B, N], where no pixel of the token shows fill or a part of the image without label.
         is_linear: bool [B, N], where besides no pixel lies beyond the outermost centres of cells, between which a map
             is interpolated, and beyond which it is constant.
         shows_labelled: bool [B, N], whether the centre of the token shows a part of the image that has labels.
         on_border: bool [B, N], where grey levels cannot tell that.
         valid: bool [B, N], whether the token has a target.
+        regions: float64 [B, 2, 3], the affine map from output to image that explains all pixels best.
     """
 
     by_pixels: Tensor
     by_labels: Tensor
+    tolerance: Tensor
     is_whole: Tensor
     is_linear: Tensor
     shows_labelled: Tensor
     on_border: Tensor
     valid: Tensor
+    regions: Tensor
+
+
+def fitted(positions_N2: Tensor, grid: tuple[int, int], chosen: Tensor) -> Tensor:
+    """The affine map [2, 3] from the output to the image that explains the positions of the chosen places best."""
+    centres = token_centres(grid, dtype=torch.float64)[chosen]
+    ones = torch.ones(len(centres), 1, dtype=torch.float64)
+    solution: Tensor = torch.linalg.lstsq(torch.cat([centres, ones], dim=1), positions_N2[chosen]).solution
+    return solution.T
 
 
 def label_positions(batch: TokenLabelBatch, views: list[np.ndarray[Any, Any]]) -> Tensor:
@@ -152,7 +173,7 @@ def label_positions(batch: TokenLabelBatch, views: list[np.ndarray[Any, Any]]) -
 def pixel_positions(batch: TokenLabelBatch) -> tuple[Tensor, Tensor]:
     """Position in the image of every pixel, float64 [B, 2, S, S], and whether it shows fill, bool [B, S, S]."""
     colours = batch.images.double() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    return colours[:, :2], colours[:, 2] < 0.99
+    return colours[:, :2], colours[:, 2] < 0.9
 
 
 def seen(batch: TokenLabelBatch, views_by_key: dict[str, np.ndarray[Any, Any]]) -> Seen:
@@ -165,7 +186,7 @@ def seen(batch: TokenLabelBatch, views_by_key: dict[str, np.ndarray[Any, Any]]) 
         for axis, centres in enumerate(cell_centres(view, MAP)):
             readable = centres[shows_image.any(axis=axis)]
             low[sample, axis], high[sample, axis] = readable[0], readable[-1]
-    view_low, view_high = torch.tensor(np.stack(views), dtype=torch.float64)[..., None, None].split(2, dim=1)
+    view_low, view_high = torch.tensor(np.stack(views), dtype=torch.float64)[..., None, None].chunk(2, dim=1)
     is_cut = (view_high - view_low < 1).any(dim=1)
     outside = torch.maximum(view_low - position, position - view_high).amax(dim=1)
     beyond_centres = ((position < low) | (position > high)).any(dim=1)
@@ -177,27 +198,29 @@ def seen(batch: TokenLabelBatch, views_by_key: dict[str, np.ndarray[Any, Any]]) 
         return pixels[:, 7::15, 7::15].flatten(1)
 
     is_whole = ~any_of(is_fill | (outside > -GREY_LEVEL) & is_cut)
+    is_linear = is_whole & ~any_of(beyond_centres)
+    cell_extent = (view_high - view_low)[..., 0, 0] / torch.tensor(MAP[::-1])
     return Seen(
         by_pixels=avg_pool2d(position.clamp(low, high), SIDE // TOKENS[0]).flatten(2).mT,
         by_labels=label_positions(batch, views)[:, 1:],
+        tolerance=GREY_LEVEL + ~is_linear[..., None] * BEND * cell_extent[:, None],
         is_whole=is_whole,
-        is_linear=is_whole & ~any_of(beyond_centres),
-        shows_labelled=~of_centre(is_fill) & of_centre(outside <= 0),
+        is_linear=is_linear,
+        shows_labelled=~of_centre(is_fill) & of_centre(outside < 1e-6),
         on_border=of_centre((outside.abs() < GREY_LEVEL) & is_cut),
         valid=batch.targets.valid[:, 1:],
+        regions=torch.stack(
+            [
+                fitted(place.flatten(1).T, (SIDE, SIDE), ~fill.flatten())
+                for place, fill in zip(position, is_fill, strict=True)
+            ]
+        ),
     )
 
 
-def fitted_region(positions_N2: Tensor, tokens: Tensor) -> Tensor:
-    """The affine map [2, 3] from the output to the image that explains the positions of these tokens best."""
-    centres = token_centres(TOKENS, dtype=torch.float64)[tokens]
-    ones = torch.ones(len(centres), 1, dtype=torch.float64)
-    return torch.linalg.lstsq(torch.cat([centres, ones], dim=1), positions_N2[tokens]).solution.T
-
-
-def overlap(one: Tensor, other: Tensor, num_points: int = 400) -> float:
-    """Intersection over union of the parts of the image that two outputs show, by a grid of points."""
-    points = token_centres((num_points, num_points), dtype=torch.float64)
+def overlap(one: Tensor, other: Tensor, num_points: int = 100_000) -> float:
+    """Intersection over union of the parts of the image that two outputs show, by points strewn over it."""
+    points = torch.rand(num_points, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shown = [
         ((place >= 0) & (place <= 1)).all(dim=1)
         for place in (apply_affine(invert_affine(affine), points) for affine in (one, other))
@@ -205,40 +228,120 @@ def overlap(one: Tensor, other: Tensor, num_points: int = 400) -> float:
     return float((shown[0] & shown[1]).sum() / (shown[0] | shown[1]).sum())
 
 
+def label_regions(found: Seen) -> dict[int, Tensor]:
+    """The affine map from output to image that explains the targets best, of samples that say enough."""
+    enough = (found.is_linear.sum(dim=1) >= MIN_TOKENS).nonzero().flatten().tolist()
+    return {sample: fitted(found.by_labels[sample], TOKENS, found.is_linear[sample]) for sample in enough}
+
+
 def overlaps(found: Seen) -> list[float]:
     """Of every sample, the part of the image that its labels are of with the part that its pixels are of."""
-    return [
-        overlap(*(fitted_region(by[sample], tokens) for by in (found.by_pixels, found.by_labels)))
-        for sample, tokens in enumerate(found.is_linear)
-    ]
+    return [overlap(found.regions[sample], region) for sample, region in label_regions(found).items()]
 
 
 def check_agreement(found: Seen) -> None:
-    difference = (found.by_labels - found.by_pixels).abs().amax(dim=2)
-    assert difference[found.is_whole].max() < TOKEN_TOLERANCE
-    assert torch.equal(found.valid | found.on_border, found.shows_labelled | found.on_border)
+    excess = (found.by_labels - found.by_pixels).abs() - found.tolerance
+    assert float(excess[found.is_whole].max()) <= 0
+    mistaken = (found.valid != found.shows_labelled) & ~found.on_border
+    assert mistaken.nonzero().tolist() == []
     assert found.on_border.double().mean() < 0.05
-    assert min(overlaps(found)) >= MIN_IOU
+    shares = overlaps(found)
+    assert len(shares) >= len(found.valid) / 2
+    assert min(shares) >= MIN_IOU
 
 
-if True:
-    import sys
+@pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_crops_and_flips(positions: Positions, view: ViewName, decoder: str) -> None:
+    batch = positions.load(view, decoder=decoder)
+    assert 0 < batch.flip.sum() < len(batch)
+    found = seen(batch, positions.views[view])
+    check_agreement(found)
+    # What the labels say needs no grey levels: it is exactly the box of the crop.
+    expected = affine_from_boxes(batch.boxes.double(), batch.flip)
+    for sample, region in label_regions(found).items():
+        torch.testing.assert_close(region, expected[sample], rtol=0, atol=2e-5)
+        assert overlap(region, expected[sample]) > 0.9999
 
 
-def test_dbg(positions: Positions, monkeypatch) -> None:
-    for view in VIEWS:
-      for order in ("after crop", "before crop"):
-        for ops in ((), *((g,) for g in GEOMETRY), GEOMETRY):
-            kw = {}
-            with monkeypatch.context() as m:
-              if ops:
-                chosen = RandAugment(ops, num_layers=len(ops), prob=1.0, magnitude=6.0, magnitude_std=1.0, weights=(1,)*len(ops))
-                m.setattr(RandAugment, "parse", lambda _config: chosen)
-                kw = {"rand_augment": "rand-m9"}
-              f = seen(positions.load(view, augment_order=order, **kw), positions.views[view])
-            d = (f.by_labels - f.by_pixels).abs().amax(dim=2)
-            ww = (f.valid != f.shows_labelled).nonzero()
-            if len(ww): print(ww.tolist(), f.by_pixels[ww[:,0],ww[:,1]], f.valid[ww[:,0],ww[:,1]], f.on_border[ww[:,0],ww[:,1]], file=sys.stderr)
-            wrong = (f.valid != f.shows_labelled)
-            ious = [overlap(*(fitted_region(by[i], t) for by in (f.by_pixels, f.by_labels))) for i, t in enumerate(f.is_linear) if t.sum() > 20]
-            print(view, order, ops, "tok %.5f lin %.5f whole %.2f lin %d" % (d[f.is_whole].max(), d[f.is_linear].max(), f.is_whole.double().mean(), f.is_linear.sum(1).min()), "wrong", int((wrong & ~f.on_border).sum()), int(wrong.sum()), "bord %.3f valid %.3f" % (f.on_border.double().mean(), f.valid.double().mean()), "iou %.4f" % min(ious), len(ious), file=sys.stderr)
+@pytest.mark.parametrize("order", ["after crop", "before crop"])
+@pytest.mark.parametrize("op", GEOMETRY)
+def test_every_geometric_operation(positions: Positions, always: Callable[..., str], op: str, order: str) -> None:
+    batch = positions.load(rand_augment=always(op), augment_order=order)
+    found = seen(batch, positions.views["squash"])
+    assert not found.valid.all()
+    check_agreement(found)
+
+
+@pytest.mark.parametrize("order", ["after crop", "before crop"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_all_of_them_together(positions: Positions, always: Callable[..., str], view: ViewName, order: str) -> None:
+    batch = positions.load(view, rand_augment=always(*GEOMETRY, magnitude=4.0), augment_order=order, scale=(0.4, 1.0))
+    found = seen(batch, positions.views[view])
+    assert not found.valid.all()
+    check_agreement(found)
+
+
+def test_the_published_mistake_would_be_seen(positions: Positions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes as (top, left, bottom, right) where x comes first: the other tests here are able to fail."""
+    monkeypatch.setattr(
+        "loaders.crop_targets.box_in_map", lambda boxes, views: box_in_map(boxes[:, [1, 0, 3, 2]], views)
+    )
+    found = seen(positions.load(), positions.views["squash"])
+    shares = overlaps(found)
+    assert np.mean(shares) < 0.5
+    assert min(shares) < 0.1
+    with pytest.raises(AssertionError):
+        check_agreement(found)
+
+
+@pytest.mark.parametrize("op", [None, "Rotate"])
+def test_the_image_level_row_is_the_mean_of_what_is_seen(
+    positions: Positions, always: Callable[..., str], op: str | None
+) -> None:
+    batch = positions.load(rand_augment=None if op is None else always(op))
+    position, is_fill = pixel_positions(batch)
+    shown = (~is_fill)[:, None].double()
+    mean = (position * shown).sum(dim=(2, 3)) / shown.sum(dim=(2, 3))
+    by_labels = label_positions(batch, [positions.views["squash"][key] for key in batch.keys])[:, 0]
+    assert (by_labels - mean).abs().max() < GREY_LEVEL
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
+def test_labels_are_of_the_upright_image(tmp_path: Path, decoder: str) -> None:
+    """JPEGs that say how they are to be turned, in all ways."""
+    images, sizes = {}, []
+    for orientation in range(1, 9):
+        sizes.append(SIZES_WH[orientation % len(SIZES_WH)])
+        exif, buffer = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        lying(gradient(*sizes[-1]), orientation).save(buffer, "JPEG", quality=100, subsampling=0, exif=exif)
+        images[f"turned_{orientation}"] = buffer.getvalue()
+    turned = write_positions(tmp_path, images, sizes, "jpg")
+    batch = turned.load(batch_size=8, decoder=decoder)
+    check_agreement(seen(batch, turned.views["squash"]))
+
+
+def lying(upright: Image.Image, orientation: int) -> Image.Image:
+    """The image as a camera stores it that gives it this EXIF orientation."""
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    return upright.transpose(turns[orientation]) if orientation in turns else upright
+
+
+@pytest.mark.parametrize("mix", ["mixtoken", "cutmix", "mixup", "random", "blockwise"])
+def test_mixed_targets_are_of_both_samples(positions: Positions, mix: Mix) -> None:
+    plain, mixed = positions.load(), positions.load(mix=mix)
+    assert plain.keys == mixed.keys
+    assert mixed.plan is not None
+    found = seen(plain, positions.views["squash"])
+    pixels = plain.images if mix == "mixtoken" else mixed.plan.mix(plain.images)
+    torch.testing.assert_close(mixed.images, pixels, rtol=0, atol=1e-6)
+    partner, own = mixed.plan.partner, mixed.plan.coverage(TOKENS).double().flatten(1)[..., None]
+    expected = own * found.by_pixels + (1 - own) * found.by_pixels[partner]
+    by_labels = label_positions(mixed, [positions.views["squash"][key] for key in mixed.keys])[:, 1:]
+    assert ((by_labels - expected).abs() <= torch.maximum(found.tolerance, found.tolerance[partner])).all()
+    assert 0.1 < own.mean() < 0.9

@@ -6,7 +6,6 @@ themselves carry a crc32c per 256 rows, so that a flipped bit raises when it is 
 
 import os
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import zarr
 from pydantic import ValidationError
 
+from tokenlabels.lazy import cached_property
 from tokenlabels.store.files import is_locked, sha256_of
 from tokenlabels.store.layout import ROWS_PER_CHUNK, ArraySpec, array_specs
 from tokenlabels.store.schema import (
