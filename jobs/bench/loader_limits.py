@@ -86,7 +86,7 @@ def _in_a_process(function: str, *arguments: object) -> list[float]:
 
 
 def _print_memory(tars: list[str], labels: str, threads: int, batch_size: int) -> None:
-    loader = TokenLabelLoader(tars, labels, batch_size=batch_size, threads=threads, last="repeat")
+    loader = TokenLabelLoader(tars, labels, batch_size=batch_size, threads=threads)
     largest = []
     for _ in range(NUM_EPOCHS):
         largest.append(max(_resident_bytes() for _ in loader))
