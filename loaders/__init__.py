@@ -9,7 +9,7 @@ prepare.py                            windows of open shards -> batches that wai
 stream.py, rows.py                    threads fill a ring of uint8 buffers, row by row
 decode.py, crops.py                   encoded bytes -> cropped pixels, and the box that was cut out
 finish.py                             a full batch: rows that cannot be used, the classes of its maps
-device.py, crop_targets.py            normalise, mix; targets of the crops
+device.py, crop_targets.py, upload.py normalise, mix; targets of the crops; copies that wait for nothing
 rand_augment.py, augment_ops.py       RandAugment, drawn on the CPU from timm's strings
 color_ops.py, warp.py, erasing.py     augmentation, applied on the device
 passes.py                             all of this as one pass over the data

@@ -37,9 +37,11 @@ class HostBatch:
         number: of the batch in its epoch.
         keys: WebDataset keys, B of them.
         labels: int64 [B], class index of the data set; -1 where it has none.
-        images: uint8 [B, S_h, S_w, 3], a slot of the ring, valid until the next batch is asked for.
+        images: uint8 [B, S_h, S_w, 3], a slot of the ring, valid until it is given back.
         boxes: float64 [B, 4], the part of the image that the pixels show, xyxy in 0..1.
         flip: bool [B], whether they are mirrored left-right.
+        crops, mirrored: the crop and the flip that were drawn. Other than `boxes` and `flip` only where an image is
+            warped before it is cropped: the pixels then show all that the crop needs, and `warp` mirrors.
         warp: float64 [B, 2, 3], from the output image to the pixels here; the identity for most.
         is_warped: bool [B], where it is not.
         augment: what RandAugment drew for each row, or None without it.
@@ -48,7 +50,7 @@ class HostBatch:
         vocabulary: the distinct classes of the maps.
         hash: stands for the contents, 64 bits: the same seed, epoch and keys.
         problems: rows that cannot be used.
-        num_skipped: rows that were left out.
+        skipped: problems of rows that were left out.
     """
 
     number: int
@@ -65,7 +67,10 @@ class HostBatch:
     vocabulary: Vocabulary | None = None
     images: Tensor = field(default_factory=lambda: torch.empty(0))
     problems: dict[int, SampleError] = field(default_factory=dict)
-    num_skipped: int = 0
+    skipped: tuple[SampleError, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.crops, self.mirrored = self.boxes.copy(), self.flip.copy()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -81,8 +86,9 @@ class TokenLabelBatch:
         plan: who was mixed with whom; for MixToken the model applies it to its patch embedding. None without mixing.
         labels: int64 [B], class index of the data set of every image itself; -1 where it has none.
         keys: WebDataset keys, B of them.
-        boxes: float32 [B, 4], the part of the image that was cut out, xyxy in 0..1.
-        flip: bool [B], whether it was mirrored left-right.
+        boxes: float32 [B, 4], the crop, xyxy in 0..1 of the image; with RandAugment "before crop", of the image as its
+            geometric operations left it.
+        flip: bool [B], whether the crop was mirrored left-right.
     """
 
     images: Tensor

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loaders.batch import HostBatch
+from loaders.upload import upload
 from tokenlabels.affine import affine_from_boxes, affine_in_map, compose_affine
 from tokenlabels.boxes import box_in_map
 from tokenlabels.checks import Grid, check_choice
@@ -52,7 +53,12 @@ class CropTargets:
             self._moved(host.maps.classes.astype(np.int32)),
             self._moved(host.maps.tail),
             self._moved(host.maps.views),
-            host.vocabulary.to(self.device, non_blocking=True),
+            replace(
+                host.vocabulary,
+                classes=upload(host.vocabulary.classes, self.device),
+                num_distinct=upload(host.vocabulary.num_distinct, self.device),
+                slots=upload(host.vocabulary.slots, self.device),
+            ),
         )
         boxes, flip = self._moved(host.boxes), self._moved(host.flip)
         is_affine = host.is_warped | _reaches_beyond(host.boxes, host.maps.views)
@@ -99,10 +105,7 @@ class CropTargets:
         return targets if self.grid is not None else _image_row(targets)
 
     def _moved(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return upload(torch.from_numpy(array), self.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +20,7 @@ import numpy as np
 from loaders.index import ShardIndex, TarState, info_path, kept_num_samples, load_index, read_info, tar_state
 from loaders.shard_files import FolderFile, LocalTarFile, RemoteTarFile, ShardFile, tar_changed
 from tokenlabels.images import FolderShard, TarShard, find_shards
+from tokenlabels.lazy import cached_property
 from tokenlabels.tars import TarError
 
 _SECONDS_BETWEEN_REPORTS = 10.0

@@ -6,7 +6,6 @@ Order, as in timm: colours and geometry of RandAugment on the crop, normalisatio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,8 +15,10 @@ from loaders.batch import HostBatch, TokenLabelBatch
 from loaders.color_ops import apply_color
 from loaders.crop_targets import CropTargets
 from loaders.erasing import EraseMode, erase, erased_tokens
+from loaders.upload import upload
 from loaders.warp import warp
 from tokenlabels.checks import Grid, check_choice, check_share, is_number
+from tokenlabels.lazy import cached_property
 from tokenlabels.mixing import MixPlan
 from tokenlabels.sparse_targets import TokenTargets
 
@@ -123,15 +124,15 @@ class DeviceStage:
             plan=plan,
             labels=self._moved(torch.from_numpy(host.labels)),
             keys=host.keys,
-            boxes=self._moved(torch.from_numpy(host.boxes).float()),
-            flip=self._moved(torch.from_numpy(host.flip)),
+            boxes=self._moved(torch.from_numpy(host.crops).float()),
+            flip=self._moved(torch.from_numpy(host.mirrored)),
         )
 
     def _pixels(self, host: HostBatch, generator: torch.Generator) -> Tensor:
         images = host.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         images = images.to(torch.float32, memory_format=torch.contiguous_format)
         if host.augment is not None:
-            images = apply_color(images, host.augment.to(self.device, non_blocking=True), inplace=True)
+            images = apply_color(images, host.augment.to(self.device), inplace=True)
         if host.is_warped.any():
             rows = self._moved(torch.from_numpy(host.is_warped.nonzero()[0]))
             to_input = self._moved(torch.from_numpy(host.warp).float())
@@ -154,16 +155,16 @@ class DeviceStage:
 
     @cached_property
     def _mean(self) -> Tensor:
-        return 255 * torch.tensor(self.mean, device=self.device)
+        with torch.inference_mode(False):
+            return 255 * torch.tensor(self.mean, dtype=torch.float32, device=self.device)
 
     @cached_property
     def _std(self) -> Tensor:
-        return 255 * torch.tensor(self.std, device=self.device)
+        with torch.inference_mode(False):
+            return 255 * torch.tensor(self.std, dtype=torch.float32, device=self.device)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return upload(tensor, self.device)
 
 
 def _check_channels(name: str, values: object, above: float) -> None:

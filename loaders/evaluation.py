@@ -17,7 +17,7 @@ from loaders.options import choose_device, num_threads, ranks, refuse_worker_pro
 from loaders.passes import run_pass
 from loaders.plan import SequentialPlan
 from loaders.prepare import prepare_batches
-from loaders.rows import CenterCrop
+from loaders.rows import EvaluationCrop
 from loaders.stats import LoaderStats
 from loaders.stream import StreamConfig
 from tokenlabels.checks import check_grid
@@ -69,7 +69,7 @@ class EvaluationLoader(IterableDataset[TokenLabelBatch]):
             prefetch=prefetch,
             pin_memory=self.device.type == "cuda",
             decoder=get_decoder(decoder),
-            crop=CenterCrop(crop_pct, interpolation),
+            crop=EvaluationCrop(crop_pct, interpolation),
             finish=FinishBatch(on_error, keeps_size=False, num_classes=None),
         )
         self._stage = DeviceStage(self.device, mean, std)

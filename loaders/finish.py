@@ -1,6 +1,5 @@
 """What is done to a batch when all its rows are in: rows that cannot be used, and the vocabulary of its maps."""
 
-import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +10,6 @@ from loaders.batch import HostBatch
 from tokenlabels.checks import check_choice
 from tokenlabels.vocabulary import find_vocabulary
 
-logger = logging.getLogger(__name__)
-
 OnError = Literal["raise", "skip"]
 
 
@@ -21,7 +18,7 @@ class FinishBatch:
     """Finishes batches.
 
     Attributes:
-        on_error: "raise" leaves the problems of a batch for the one who takes it; "skip" logs them and does without
+        on_error: "raise" leaves the problems of a batch for the one who takes it; "skip" does without
             these rows, unless a whole tar is to blame.
         keeps_size: with "skip", another sample of the batch takes the place of each that is left out, so that batches
             stay equal; otherwise the batch gets shorter (evaluation, where no sample may count twice).
@@ -53,8 +50,6 @@ class FinishBatch:
                 return
             good = iter(rows * len(host))
             rows = [next(good) if row in host.problems else row for row in range(len(host))]
-        for problem in host.problems.values():
-            logger.warning("left out: %s", problem)
         _keep_rows(host, rows)
 
 
@@ -66,7 +61,8 @@ def _keep_rows(host: HostBatch, rows: list[int]) -> None:
     host.images = images
     host.keys = tuple(host.keys[row] for row in rows)
     host.labels, host.boxes, host.flip = host.labels[rows], host.boxes[rows], host.flip[rows]
+    host.crops, host.mirrored = host.crops[rows], host.mirrored[rows]
     host.warp, host.is_warped = host.warp[rows], host.is_warped[rows]
     if host.maps is not None:
         host.maps = host.maps.take(rows)
-    host.num_skipped, host.problems = len(host.problems), {}
+    host.skipped, host.problems = tuple(host.problems.values()), {}

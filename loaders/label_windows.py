@@ -126,6 +126,14 @@ class LabelJoin:
                     f"labels, {num_skipped} skipped): labels of other images. Annotate these into another folder."
                 )
 
+    def other_sizes(self, sizes_bytes: Sequence[int | None]) -> list[str]:
+        """The image shards that had another size when their labels were made; None and a record of 0 are not known."""
+        return [
+            path
+            for shard, path, size in zip(self._shards, self._paths, sizes_bytes, strict=True)
+            if size is not None and shard.manifest.source.size_bytes not in (0, size)
+        ]
+
     def agreement(self) -> float | None:
         """Share of the labelled images whose teacher's best class is the data set's own label, 0..1.
 
@@ -230,12 +238,21 @@ def _wrong_values(values: _Values, num_classes: int) -> Iterator[tuple[int, str]
     checks = (
         ("scores are not finite", (score_bits & ~np.uint16(_FLOAT16_SIGN)) >= _FLOAT16_INFINITY),
         (f"class ids are not below {num_classes}", classes >= num_classes),
+        ("a class is listed twice in a cell", _is_repeated(classes)),
         ("tails are not in 0..1", (tail_bits > _FLOAT16_ONE) & (tail_bits != _FLOAT16_SIGN)),
         ("the view is not finite, or not x0 < x1 and y0 < y1", ~_good_views(views)),
     )
     wrong = [(text, np.asarray(bad.any(axis=tuple(range(1, bad.ndim))))) for text, bad in checks]
     for index in np.flatnonzero(np.logical_or.reduce([bad for _, bad in wrong])).tolist():
         yield index, ", ".join(text for text, bad in wrong if bad[index])
+
+
+def _is_repeated(classes: ClassIds) -> NDArray[np.bool_]:
+    """Where a class of a cell is one of those before it, bool [m, H, W]."""
+    repeated = np.zeros(classes.shape[:-1], np.bool_)
+    for apart in range(1, classes.shape[-1]):
+        repeated |= (classes[..., apart:] == classes[..., :-apart]).any(axis=-1)
+    return repeated
 
 
 def _good_views(views: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -1,5 +1,6 @@
 """The training loader: crops, labels and mixing together, in an order that is known before it begins."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,9 +36,11 @@ from loaders.rows import RandomCrop
 from loaders.state import Position
 from loaders.stats import LoaderStats
 from loaders.stream import Source, StreamConfig
-from tokenlabels.checks import check_choice, check_grid, check_share
+from tokenlabels.checks import check_choice, check_count, check_grid, check_share
 from tokenlabels.store import LabelStore, open_store
 from tokenlabels.target_inputs import InterpolationRule
+
+logger = logging.getLogger(__name__)
 
 AugmentOrder = Literal["after crop", "before crop"]
 
@@ -55,8 +58,8 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         batch_size: samples per batch and rank.
         grid: (rows, columns) of the model's tokens, or the side of a square; None means patches of 16 pixels.
         supervision: "token", a target for every token and for the image; "relabel", the image-level target of the
-            crop alone; "hard", the class of the data set. None is "token" with labels, and without them "hard" if
-            num_classes is given.
+            crop alone; "hard", the class of the data set, for which a label set tells the number of classes and nothing
+            else. None is "token" with labels, and without them "hard" if num_classes is given.
         num_classes: for "hard" without labels; otherwise the label set knows.
         interpolate: rule from maps to targets, see `tokenlabels.token_targets`.
         seed: of order, augmentation and mixing.
@@ -74,7 +77,8 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         erase_prob, erase_mode: Random Erasing.
         ignore_erased: leave erased tokens out of the dense loss.
         mix: "mixtoken" hands a plan to the model, which mixes its patch embedding; "cutmix", "mixup", "random" and
-            "blockwise" mix the pixels here. Targets are always mixed to match: do not give the plan to the loss again.
+            "blockwise" mix the pixels here. Targets, where there are any, are always mixed to match: do not give the
+            plan to the loss again.
         mix_alpha, mix_prob: of the Beta distribution, and the probability that a sample is mixed.
         mean, std: of the normalisation.
         device: where batches go.
@@ -130,6 +134,9 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         self.device = choose_device(device)
         check_share("erase_prob", erase_prob)
         check_choice("augment_order", augment_order, AugmentOrder)
+        check_choice("last", last, Last)
+        check_count("shuffle_shards", shuffle_shards)
+        ranks(rank, world_size)
         store = labels if isinstance(labels, LabelStore) or labels is None else open_store(labels)
         self.supervision, self.num_classes = choose_supervision(supervision, store, num_classes)
         has_maps = store is not None and self.supervision != "hard"
@@ -181,9 +188,20 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass. The epoch that the loader is in already stays where it is.
 
+        After `load_state_dict` another epoch gives the loaded place up, which is logged: begin the loop over epochs at
+        ``state_dict()["epoch"]``.
+
         Without calls of this, every finished pass goes on with the next epoch.
         """
         check_epoch(epoch)
+        if epoch != self._epoch and self._resumed:
+            logger.warning(
+                "epoch %d is begun, and the loaded place in epoch %d, batch %d, given up; to go on from there, begin "
+                "the loop over epochs at state_dict()['epoch']",
+                epoch,
+                self._epoch,
+                self._batch,
+            )
         if epoch != self._epoch or self._is_handed_out():
             self._epoch, self._batch, self._start, self._resumed = epoch, 0, 0, False
             self._pass = None
@@ -218,7 +236,7 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         )
 
     def __len__(self) -> int:
-        """Batches of a whole pass over the epoch on this rank."""
+        """Batches of this rank in the whole epoch; in what is left of it after resuming with other ranks."""
         return len(self._plan())
 
     def state_dict(self) -> dict[str, Any]:

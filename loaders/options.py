@@ -95,6 +95,16 @@ def join_labels(store: LabelStore, dataset: ImageDataset) -> LabelJoin:
     shards = dataset.shards
     join = LabelJoin(store, [shard.stem for shard in shards], [shard.path for shard in shards])
     join.check_counts(dataset.lengths)
+    others = join.other_sizes([shard.size_bytes if shard.path.endswith(".tar") else None for shard in shards])
+    if others:
+        logger.warning(
+            "%s: %d of %d tars have another size than when their labels were made (the first is %s); "
+            "have the images in them changed?",
+            store.path,
+            len(others),
+            len(shards),
+            others[0],
+        )
     agreement = join.agreement()
     if agreement is not None and agreement < SUSPICIOUS_AGREEMENT:
         logger.warning(

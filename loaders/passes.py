@@ -1,5 +1,6 @@
 """One pass over the data: threads on the host, the device's part, and batches out, in order."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -13,6 +14,8 @@ from loaders.batch import HostBatch, TokenLabelBatch
 from loaders.device import DeviceStage
 from loaders.stats import LoaderStats
 from loaders.stream import UPLOADS, BatchStream, Source, StreamConfig
+
+logger = logging.getLogger(__name__)
 
 Batches = Generator[tuple[int, TokenLabelBatch], None, None]
 """(number in the epoch, batch)."""
@@ -45,7 +48,10 @@ def _usable(stream: BatchStream, stats: LoaderStats) -> Iterator[HostBatch]:
             return
         if host.problems:
             raise host.problems[min(host.problems)]
-        stats.num_skipped += host.num_skipped
+        stats.num_skipped += len(host.skipped)
+        # Logged here and not in the threads, which must never wait for a lock that their consumer may hold.
+        for problem in host.skipped:
+            logger.warning("left out: %s", problem)
         if len(host):
             yield host
         else:
@@ -68,12 +74,13 @@ def _on_cuda(stream: BatchStream, hosts: Iterator[HostBatch], stage: DeviceStage
     while True:
         try:
             host = next(hosts, None)
+            if host is not None:
+                with torch.cuda.stream(side):
+                    batch = _staged(host, stage, stats)
+                    done = side.record_event()
         except Exception as error:  # raised after the batch before it
             host, failure = None, error
         if host is not None:
-            with torch.cuda.stream(side):
-                batch = _staged(host, stage, stats)
-                done = side.record_event()
             uploads.append((host, done))
             ready.append((host.number, batch, done))
             if len(uploads) > UPLOADS:

@@ -26,7 +26,7 @@ Draw = Callable[[PreparedBatch], None]
 
 @dataclass(frozen=True)
 class Randomness:
-    """What is random about the samples of an epoch: a function of (seed, epoch, key) alone.
+    """What is random about the samples of an epoch: a function of (seed, epoch, name of the shard, key) alone.
 
     Attributes:
         seed, epoch: of the run.
@@ -46,21 +46,21 @@ class Randomness:
     def __call__(self, batch: PreparedBatch) -> None:
         """Draw everything that needs no pixels."""
         host = batch.host
-        host.hash = hash_of(self.seed, self.epoch, "batch", *host.keys)
+        host.hash = hash_of(self.seed, self.epoch, "batch", *batch.names)
         # One number more than the crop takes, for the flip.
-        batch.uniforms = self._uniforms(host, "crop", NUM_CROP_UNIFORMS + 1)
+        batch.uniforms = self._uniforms(batch, "crop", NUM_CROP_UNIFORMS + 1)
         if self.rand_augment is not None:
-            numbers = torch.from_numpy(self._uniforms(host, "augment", self.rand_augment.num_uniforms))
+            numbers = torch.from_numpy(self._uniforms(batch, "augment", self.rand_augment.num_uniforms))
             host.augment = self.rand_augment.draw(numbers)
             host.is_warped = host.augment.is_geometric.numpy()
             if not self.augment_before_crop and host.is_warped.any():
                 host.warp = host.augment.affine(self.image_size).double().numpy()
         if self.erase_prob > 0:
-            numbers = torch.from_numpy(self._uniforms(host, "erase", NUM_ERASING_UNIFORMS))
+            numbers = torch.from_numpy(self._uniforms(batch, "erase", NUM_ERASING_UNIFORMS))
             host.erased = draw_boxes(numbers, self.erase_prob, self.image_size)
 
-    def _uniforms(self, host: HostBatch, purpose: str, num: int) -> NDArray[np.float64]:
-        return uniforms(sample_hashes(host.keys, self.seed, self.epoch, purpose), num)
+    def _uniforms(self, batch: PreparedBatch, purpose: str, num: int) -> NDArray[np.float64]:
+        return uniforms(sample_hashes(batch.names, self.seed, self.epoch, purpose), num)
 
 
 class OpenWindow:
@@ -71,18 +71,20 @@ class OpenWindow:
     Attributes:
         samples: as in `Window`.
         num_batches: how many batches with samples of it are still to be finished.
-        files: its shards, open, by their number.
+        files, stems: its shards, open, and their names, by their number.
     """
 
     def __init__(self, dataset: ImageDataset, window: Window, join: LabelJoin | None) -> None:
         self.samples = window.samples
         self.num_batches = 0
         self.files: dict[int, ShardFile] = {}
+        self.stems: dict[int, str] = {}
         self._window, self._join = window, join
         self._maps: Future[LabelBlock | None] = Future()
         try:
             for shard in np.unique(window.samples[:, 0]).tolist():
                 self.files[shard] = dataset.shards[shard].open()
+                self.stems[shard] = dataset.shards[shard].stem
         except BaseException:
             self.close()
             raise
@@ -191,6 +193,7 @@ def _batch_of(
     labels: list[int] = []
     files: list[ShardFile] = []
     rows: list[int] = []
+    names: list[str] = []
     for window, start, stop in parts:
         for shard, row in window.samples[start:stop].tolist():
             file = window.files[shard]
@@ -198,6 +201,7 @@ def _batch_of(
             labels.append(int(file.index.labels[row]))
             files.append(file)
             rows.append(row)
+            names.append(f"{window.stems[shard]}/{keys[-1]}")
     num = len(keys)
     host = HostBatch(
         number=number,
@@ -209,7 +213,7 @@ def _batch_of(
         is_warped=np.zeros(num, np.bool_),
         hash=0,
     )
-    batch = PreparedBatch(host, files, rows, np.zeros((num, 0)))
+    batch = PreparedBatch(host, files, rows, names, np.zeros((num, 0)))
     for row, label in enumerate(labels):
         if num_labels is not None and not 0 <= label < num_labels:
             what = "no class index in its cls or json" if label < 0 else f"class {label}"

@@ -19,6 +19,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from loaders.augment_ops import COLOR_OPS, LEVEL_SCALE, OPS, Op
+from loaders.upload import upload
 from tokenlabels.affine import compose_affine, rotation, shear, translation
 from tokenlabels.checks import check_count, check_share, check_tensor, describe, is_number
 
@@ -99,18 +100,14 @@ class AugmentDraw:
         """The map of one sample, float32 [2, 3], of an image of its own size: for use before cropping."""
         return _fold(self.ops[row : row + 1], self.arguments[row : row + 1], (height_px, width_px))[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AugmentDraw":
-        """The same draw with its tensors on `device`."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
+    def to(self, device: torch.device | str) -> "AugmentDraw":
+        """The same draw with its tensors on `device`, which is not waited for."""
         return replace(
             self,
-            ops=moved(self.ops),
-            arguments=moved(self.arguments),
-            color_rows=moved(self.color_rows),
-            geometric_rows=moved(self.geometric_rows),
+            ops=upload(self.ops, device),
+            arguments=upload(self.arguments, device),
+            color_rows=upload(self.color_rows, device),
+            geometric_rows=upload(self.geometric_rows, device),
         )
 
 

@@ -17,7 +17,7 @@ from tokenlabels.affine import affine_from_boxes, apply_affine, compose_affine, 
 from tokenlabels.checks import check_choice, check_share
 from tokenlabels.tars import TarError
 
-CORNERS_XY = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+_CORNERS_XY = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
 
 
 @dataclass(eq=False)
@@ -28,12 +28,14 @@ class PreparedBatch:
         host: the batch.
         files: the open shard of every row.
         rows: place of every row in its shard.
+        names: of every row, "<stem of the shard>/<key>": keys alone may be the same in two tars.
         uniforms: float64 [B, n], what the crops are drawn from.
     """
 
     host: HostBatch
     files: list[ShardFile]
     rows: list[int]
+    names: list[str]
     uniforms: NDArray[np.float64]
 
 
@@ -75,6 +77,7 @@ class RandomCrop:
         uniforms, host = batch.uniforms[row].tolist(), batch.host
         box = random_resized_crop(width, height, uniforms, self.scale, self.ratio)
         flip = uniforms[-1] < self.flip
+        host.crops[row], host.mirrored[row] = box.normalised(width, height), flip
         if self.augment_before_crop and host.is_warped[row]:
             box, warp = self._around(box, flip, batch, row, (width, height))
             host.warp[row], flip = warp.numpy(), False
@@ -91,7 +94,7 @@ class RandomCrop:
             output_to_middle=_crop_map(box, flip, size_wh),
             middle_to_source=batch.host.augment.sample_affine(row, width, height).double(),
         )
-        corners_px = apply_affine(to_image, CORNERS_XY) * torch.tensor([width, height], dtype=torch.float64)
+        corners_px = apply_affine(to_image, _CORNERS_XY) * torch.tensor([width, height], dtype=torch.float64)
         low, high = corners_px.floor().amin(dim=0).long().tolist(), corners_px.ceil().amax(dim=0).long().tolist()
         # What lies outside the image altogether still needs a box of a pixel, of which the output then shows nothing.
         left, top = min(max(low[0], 0), width - 1), min(max(low[1], 0), height - 1)
@@ -102,7 +105,7 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
-class CenterCrop:
+class EvaluationCrop:
     """The evaluation crop: the shorter side resized to S / crop_pct, then the middle."""
 
     crop_pct: float
@@ -114,7 +117,8 @@ class CenterCrop:
 
     def __call__(self, decoder: Decoder[Any], image: Any, batch: PreparedBatch, row: int, out: Tensor) -> None:
         """See `Crop`."""
-        batch.host.boxes[row] = decoder.center_into(image, out, self.crop_pct, self.interpolation)
+        box = decoder.center_into(image, out, self.crop_pct, self.interpolation)
+        batch.host.boxes[row] = batch.host.crops[row] = box
 
 
 def fill_row(batch: PreparedBatch, row: int, out: Tensor, decoder: Decoder[Any], crop: Crop) -> tuple[float, float]:

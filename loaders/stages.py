@@ -37,7 +37,7 @@ from loaders.options import token_grid
 from loaders.plan import Window
 from loaders.randomness import hash_of, uniforms
 from loaders.rows import sample_error
-from tokenlabels.checks import check_grid, check_share
+from tokenlabels.checks import check_choice, check_grid, check_share
 from tokenlabels.images.shards import TAR_IMAGE_EXTENSIONS, TAR_LABEL_EXTENSIONS, parse_label
 from tokenlabels.store import LabelStore, LabelStoreError, open_store, stem_of
 from tokenlabels.target_inputs import InterpolationRule
@@ -170,6 +170,7 @@ class random_resized_crop_with_box:  # noqa: N801 - a stage is called like a fun
         self._size = check_grid((size, size) if isinstance(size, int) else size, "size")
         check_crop_range(scale, ratio)
         check_share("hflip", hflip)
+        check_choice("interpolation", interpolation, Interpolation)
         self._scale, self._ratio, self._hflip, self._interpolation = scale, ratio, hflip, interpolation
         self._decoder, self._seed, self._handler, self._num_passes = get_decoder(decoder), seed, handler, 0
 

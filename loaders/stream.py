@@ -48,7 +48,7 @@ class StreamConfig:
         batch_size: the largest number of rows of a batch.
         image_size: (S_h, S_w) in pixels.
         num_threads: that read and decode.
-        prefetch: batches that may be ready or being filled while one is being used, at least 1.
+        prefetch: batches that may be ready or being filled while one is being brought to the device, at least 1.
         pin_memory: whether the ring lies in memory from which CUDA copies without waiting.
         decoder, crop: from bytes to pixels.
         finish: called by a thread for every batch that is full.
@@ -64,6 +64,7 @@ class StreamConfig:
     finish: Callable[[HostBatch], None]
 
     def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size)
         check_count("prefetch", self.prefetch)
 
 
@@ -109,10 +110,12 @@ class BatchStream:
         shared = _Shared(config, stats)
         shape = (config.batch_size, *config.image_size, 3)
         num_in_use = UPLOADS if config.pin_memory else 1
-        shared.free = [
-            torch.empty(shape, dtype=torch.uint8, pin_memory=config.pin_memory)
-            for _ in range(config.prefetch + num_in_use)
-        ]
+        # The threads write to it, and may not in inference mode, in which a pass for evaluation may be begun.
+        with torch.inference_mode(False):
+            shared.free = [
+                torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=config.pin_memory)
+                for _ in range(config.prefetch + num_in_use)
+            ]
         self._shared, self._process = shared, os.getpid()
         self._lent: dict[int, Tensor] = {}
         self._threads = [threading.Thread(target=_prepare, args=(shared, source), name="loader-windows", daemon=True)]
@@ -291,6 +294,8 @@ def _next_row(shared: _Shared) -> tuple[_Filling, int] | None:
         if filling is None:
             filling = _Filling(shared.waiting.popleft(), shared.free.pop())
             shared.filling.append(filling)
+            if not shared.waiting:
+                shared.changed.notify_all()  # it is time to open the next window
         filling.num_taken += 1
         return filling, filling.num_taken - 1
 

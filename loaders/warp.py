@@ -39,7 +39,9 @@ def _resample(images: Tensor, affine: Tensor, fill: Tensor) -> Tensor:
     num, _, height, width = images.shape
     # grid_sample counts -1..1 from border to border.
     grid = images.new_empty(num, height, width, 2)
-    along_x, along_y = (torch.arange(1, 2 * size, 2, device=images.device) / size for size in (width, height))
+    along_x, along_y = (
+        torch.arange(1, 2 * size, 2, device=images.device, dtype=images.dtype) / size for size in (width, height)
+    )
     inside = torch.ones_like(grid[..., 0], dtype=torch.bool)
     for axis in (0, 1):
         # Written out, because a matrix product could run in a narrower type, which cannot name a pixel.

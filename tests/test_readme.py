@@ -59,7 +59,7 @@ def test_training_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         tokens = plan.mix(nn.functional.avg_pool2d(images, 16).flatten(2).mT)
         return head(tokens.mean(dim=1)), head(tokens)
 
-    names: dict[str, Any] = {"model": model, "range": lambda _: range(1)}
+    names: dict[str, Any] = {"model": model, "range": lambda first, _: range(first, 1)}
     exec(block, names)
     assert names["batch"].images.shape == (256, 3, 224, 224)
     assert names["loss"].isfinite()

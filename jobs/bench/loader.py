@@ -103,8 +103,7 @@ def prepare(images: Sequence[str], folder: Path, num_images: int) -> BenchData:
     Raises:
         ValueError: the patterns find no images.
     """
-    encoded = [image for shard in find_shards(images) for image in shard.images() if image.data is not None]
-    data = [image.data for image in encoded if image.data is not None]
+    data = [image.data for shard in find_shards(images) for image in shard.images() if image.data is not None]
     tars, labels = [], folder / "labels"
     num_tars = -(-num_images // SAMPLES_PER_TAR)
     names = [f"bench-{number:04d}.tar" for number in range(num_tars)]
@@ -166,6 +165,7 @@ def fill_batches(loader: TokenLabelLoader) -> None:
     """The host's part of a pass."""
     stream = BatchStream(loader.source(), loader.stream_config, LoaderStats())
     for batch in stream:
+        assert not batch.problems, batch.problems
         stream.release(batch)
 
 
@@ -181,7 +181,7 @@ def decode_all(data: BenchData, threads: int, *, num_images: int) -> None:
 
     def work() -> None:
         torch.set_num_threads(1)
-        crop = CropSample(seed=0)
+        crop = CropSample(seed=threading.get_ident())
         while next(numbers) < num_images:
             crop(data.images[crop.num_cropped % len(data.images)])
 
@@ -200,17 +200,17 @@ class CropSample:
     def __init__(self, seed: int) -> None:
         self._decoder = get_decoder("torchvision")
         self._rng = np.random.default_rng(seed)
+        self._out = torch.empty(SIZE, SIZE, 3, dtype=torch.uint8)
         self.num_cropped = 0
 
     def __call__(self, image: bytes) -> Tensor:
-        """Uint8 [S, S, 3]."""
+        """Uint8 [S, S, 3], overwritten by the next call."""
         self.num_cropped += 1
         decoded = self._decoder.decode(image)
         uniforms = self._rng.random(NUM_CROP_UNIFORMS + 1).tolist()
         box = random_resized_crop(*self._decoder.size(decoded), uniforms, SCALE, RATIO)
-        out = torch.empty(SIZE, SIZE, 3, dtype=torch.uint8)
-        self._decoder.resize_into(decoded, box, out, uniforms[-1] < 0.5, "bicubic")
-        return out
+        self._decoder.resize_into(decoded, box, self._out, uniforms[-1] < 0.5, "bicubic")
+        return self._out
 
 
 def web_loader(data: BenchData, num_workers: int, batch_size: int) -> Iterable[object]:

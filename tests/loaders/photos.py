@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,7 @@ def write_label_set(
     num_classes: int = NUM_CLASSES,
     skipped: Mapping[str, Sequence[SkippedRecord]] | None = None,
     num_agreeing: int | None = None,
+    size_of: Callable[[str], int] = lambda _: 0,
 ) -> Path:
     """A label set: {stem of the tar: its maps}."""
     first = next(iter(maps_of.values()))
@@ -103,10 +104,11 @@ def write_label_set(
     for stem, maps in maps_of.items():
         left_out = tuple((skipped or {}).get(stem, ()))
         agreeing = len(maps) if num_agreeing is None else num_agreeing
+        num_samples = len(maps) + len(left_out)
         with claim_shard(labels, stem, info) as writer:
             writer.write(
                 maps,
-                source=SourceRecord(name=f"{stem}.tar", size_bytes=0, num_samples=len(maps) + len(left_out)),
+                source=SourceRecord(name=f"{stem}.tar", size_bytes=size_of(stem), num_samples=num_samples),
                 image_level=ImageLevelRecord(num_labelled=len(maps), num_agreeing=agreeing),
                 skipped=left_out,
                 versions={},

@@ -53,11 +53,13 @@ def keys_of_shard(stem: str, num_samples: int) -> tuple[str, ...]:
 def make_maps(keys: Sequence[str], info: LabelSet, seed: int = 0) -> ScoreMaps:
     random = np.random.default_rng(seed)
     cells = (len(keys), *info.grid)
+    steps = random.integers(1, info.num_classes // info.k, size=(*cells, info.k))  # no class twice in a cell
+    classes = steps.cumsum(axis=-1) % info.num_classes
     corners = random.uniform(0, 0.3, size=(len(keys), 2))
     return ScoreMaps(
         tuple(keys),
         (-np.sort(-random.normal(size=(*cells, info.k)), axis=-1)).astype(np.float16),
-        random.integers(info.num_classes, size=(*cells, info.k)).astype(class_dtype(info.num_classes)),
+        classes.astype(class_dtype(info.num_classes)),
         random.random(cells).astype(np.float16),
         np.concatenate([corners, corners + 0.7], axis=1).astype(np.float32),
     )
@@ -245,6 +247,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "fill values": ("scores", np.nan, "scores are not finite"),
     "an infinite score": ("scores", -np.inf, "scores are not finite"),
     "no such class": ("classes", 10, "class ids are not below 10"),
+    "a class twice": ("classes", slice(0, 2), "a class is listed twice in a cell"),
     "no tail": ("tail", np.nan, "tails are not in 0..1"),
     "a tail above 1": ("tail", 1.001, "tails are not in 0..1"),
     "a tail below 0": ("tail", -1e-3, "tails are not in 0..1"),
@@ -256,7 +259,10 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize(("name", "value", "wrong"), WRONG.values(), ids=WRONG.keys())
 def test_values_that_no_target_can_be_made_of(name: str, value: Any, wrong: str, labels: Path) -> None:
     maps = make_maps(image_keys(0), info_with())
-    getattr(maps, name)[2].flat[-1] = value
+    if isinstance(value, slice):
+        maps.classes[2, -1, -1, value] = 3
+    else:
+        getattr(maps, name)[2].flat[-1] = value
     if name == "views":
         maps.views[2] = value
     write_shard(labels, "b", maps, info_with())
@@ -273,12 +279,13 @@ def test_all_that_is_wrong_with_a_sample_is_said(labels: Path) -> None:
     maps.scores[0], maps.classes[0], maps.tail[0], maps.views[0] = np.nan, 65_535, np.nan, np.nan
     write_shard(labels, "b", maps, info_with())
     [problem] = join_of(labels).read(whole_window(), image_keys).problems.values()
-    assert "scores are not finite, class ids are not below 10, tails are not in 0..1, the view is not finite" in problem
+    assert "scores are not finite, class ids are not below 10, a class is listed twice in a cell, tails are" in problem
+    assert "not in 0..1, the view is not finite" in problem
 
 
 def test_the_edges_of_what_is_right(labels: Path) -> None:
     maps = make_maps(image_keys(0), info_with())
-    maps.scores[0, 0, 0], maps.classes[0] = [65_504, -0.0, -65_504], 9
+    maps.scores[0, 0, 0], maps.classes[0] = [65_504, -0.0, -65_504], [7, 9, 8]
     maps.tail[0], maps.tail[1], maps.tail[2], maps.views[0] = 0, 1, -0.0, [-3, 0, 7, 1]
     write_shard(labels, "b", maps, info_with())
     assert_as_stored(join_of(labels).read(whole_window(), image_keys), labels, whole_window())

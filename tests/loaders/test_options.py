@@ -194,6 +194,20 @@ def test_a_teacher_that_never_agrees_is_suspicious(
     assert all(message.startswith(expected) for message in messages)
 
 
+@pytest.mark.parametrize(("grown_bytes", "warns"), [(0, False), (512, True)], ids=["same size", "another size"])
+def test_tars_of_another_size_than_their_labels_are_suspicious(
+    photos: Photos, tmp_path: Path, caplog: pytest.LogCaptureFixture, grown_bytes: int, warns: bool
+) -> None:
+    sizes = {Path(tar).stem: Path(tar).stat().st_size for tar in photos.tars}
+    sizes["train-02"] += grown_bytes
+    labels = labels_of(photos, tmp_path / "labels", photos.keys, size_of=sizes.__getitem__)
+    with caplog.at_level(logging.WARNING, logger="loaders.options"):
+        loader_of(photos, labels=labels)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns
+    assert all("1 of 5 tars have another size" in text and "train-02.tar" in text for text in messages)
+
+
 @pytest.mark.parametrize(
     ("grid", "image_size", "expected"),
     [

@@ -17,7 +17,7 @@ from loaders.crops import NUM_CROP_UNIFORMS, random_resized_crop
 from loaders.dataset import ImageDataset
 from loaders.decode import PillowDecoder, get_decoder
 from loaders.rand_augment import NOT_APPLIED, AugmentDraw
-from loaders.rows import CenterCrop, PreparedBatch, RandomCrop, fill_row, sample_error
+from loaders.rows import EvaluationCrop, PreparedBatch, RandomCrop, fill_row, sample_error
 from loaders.shard_files import ShardFile
 from loaders.warp import warp
 from tests.loaders.photos import encode, smooth_image, write_tar
@@ -48,7 +48,7 @@ def prepared(
         torch.tensor([[int(op) for op, _ in ops]]), torch.tensor([[argument for _, argument in ops]])
     )
     host.is_warped = host.augment.is_geometric.numpy()
-    return PreparedBatch(host, files or [], [0], uniforms[None])
+    return PreparedBatch(host, files or [], [0], list(host.keys), uniforms[None])
 
 
 def output_to_image(host: HostBatch) -> Tensor:
@@ -156,7 +156,7 @@ def test_a_row_is_read_decoded_and_cropped(tmp_path: Path) -> None:
 
 def test_the_evaluation_crop_says_what_it_shows() -> None:
     batch = prepared([(NOT_APPLIED, 0.0)], np.zeros(NUM_CROP_UNIFORMS + 1))
-    crop = CenterCrop(crop_pct=0.5, interpolation="bicubic")
+    crop = EvaluationCrop(crop_pct=0.5, interpolation="bicubic")
     crop(PillowDecoder(), Image.new("RGB", (80, 40)), batch, 0, torch.empty((20, 20, 3), dtype=torch.uint8))
     np.testing.assert_allclose(batch.host.boxes[0], [0.375, 0.25, 0.625, 0.75])
 

@@ -98,7 +98,9 @@ class Rows:
             is_warped=np.zeros(num, bool),
             hash=0,
         )
-        return PreparedBatch(host, [cast(ShardFile, Shard(self.read))] * num, list(samples), np.zeros((num, 0)))
+        return PreparedBatch(
+            host, [cast(ShardFile, Shard(self.read))] * num, list(samples), list(host.keys), np.zeros((num, 0))
+        )
 
 
 class Numbers:

@@ -8,11 +8,11 @@ which it takes as well (`.ipynb_checkpoints`, the `._x.jpg` of macOS).
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
 from tokenlabels.images.samples import EncodedImage, ImageShard
+from tokenlabels.lazy import cached_property
 from tokenlabels.tars import is_plain_name
 
 FOLDER_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import fsspec
@@ -23,6 +22,7 @@ from fsspec.core import has_magic
 
 from tokenlabels.images.folders import folder_shards
 from tokenlabels.images.samples import EncodedImage, ImageShard
+from tokenlabels.lazy import cached_property
 from tokenlabels.tars import TarIndex, TarReader, TarSample, scan_tar
 
 TAR_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
