@@ -57,7 +57,7 @@ def replace_file(path: Path, content: bytes) -> None:
     fsync(path.parent)
 
 
-def write_below(root: Path, name: str, content: bytes) -> None:
+def write_below(root: Path, name: str, content: bytes | bytearray | memoryview) -> None:
     """Write a file of a directory that nobody reads yet, with the folders it needs."""
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)

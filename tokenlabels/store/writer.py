@@ -186,9 +186,9 @@ class ShardWriter:
         for spec in array_specs(self.info):
             spec.create(group, len(maps))[...] = values_of(maps, spec.name)
             for name in [name for name in encoded if name.startswith(f"{spec.name}/")]:
-                write_below(folder, name, encoded.pop(name).to_bytes())
+                write_below(folder, name, encoded.pop(name).as_buffer_like())
         for name, content in encoded.items():
-            write_below(folder, name, content.to_bytes())
+            write_below(folder, name, content.as_buffer_like())
 
     def _compare(self, folder: Path, maps: ScoreMaps) -> None:
         group = zarr.open_group(folder, mode="r")
