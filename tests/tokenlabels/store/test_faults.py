@@ -156,7 +156,8 @@ def test_kill_9_at_random_instants(num_trials: int, killing: Killing) -> None:
         step = 1 + int((trial + draw.random()) * num_steps / num_trials)
         killing.trial(step, delay_seconds=draw.choice([0.0, draw.uniform(0, 0.005)]))
     assert killing.num_killed >= num_trials / 2, "the kills came too late to interrupt anything"
-    assert len(killing.states) >= num_trials / 2, "the kills came at too few different instants"
+    # Kills that come between two new files, or while things are removed again, leave the same state.
+    assert len(killing.states) >= max(2, num_trials / 5), "the kills came at too few different instants"
 
 
 @pytest.mark.parametrize("stride", [119, pytest.param(5, marks=pytest.mark.slow)])
