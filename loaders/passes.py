@@ -31,9 +31,8 @@ def run_pass(source: Source, config: StreamConfig, stage: DeviceStage, stats: Lo
     stream = BatchStream(source, config, stats)
     try:
         hosts = _usable(stream, stats)
-        yield from (
-            _on_cuda(stream, hosts, stage, stats) if stage.device.type == "cuda" else _here(stream, hosts, stage, stats)
-        )
+        deliver = _on_cuda if stage.device.type == "cuda" else _here
+        yield from deliver(stream, hosts, stage, stats)
     finally:
         stats.stop()
         stream.close()

@@ -101,7 +101,7 @@ class _Shared:
 
 
 class BatchStream:
-    """An iterator of host batches, in order. Close it, or let go of it; `with` closes it too.
+    """An iterator of host batches, in order. Close it, or let go of it.
 
     A batch's images lie in the ring and are overwritten after `release`, which gives the buffer back.
     """
