@@ -12,13 +12,11 @@ Legend: B images, H x W cells, C feature channels, K classes, P prefix tokens (c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Layout = Literal["NCHW", "NHWC", "NLC"]
+from tokenlabels.models.features import FeatureError, FeatureFormat, count_classes, feature_format, probe_features
 
 # Rounding of float32 leaves differences below 1e-4 of the spread of the logits, and TF32 convolutions below 1e-3; heads
 # with weights or embeddings per position differ by a few per cent of it or more.
@@ -28,40 +26,6 @@ _ROUNDING_TOLERANCE = 1e-5
 
 class TeacherError(ValueError):
     """A model, its weights or its settings cannot make token labels; the message names the model and what to do."""
-
-
-@dataclass(frozen=True)
-class FeatureFormat:
-    """How the features of one model are laid out at one image size.
-
-    Attributes:
-        layout: NCHW and NHWC maps, or NLC token sequences.
-        grid: rows and columns of cells, (H, W).
-        num_channels: C.
-        num_prefix_tokens: P, the tokens in front of the H * W patch tokens; 0 for maps.
-    """
-
-    layout: Layout
-    grid: tuple[int, int]
-    num_channels: int
-    num_prefix_tokens: int
-
-    def cells(self, features: Tensor) -> Tensor:
-        """Features as the model returns them -> cells [B, H, W, C]."""
-        if self.layout == "NCHW":
-            return features.permute(0, 2, 3, 1)
-        if self.layout == "NHWC":
-            return features
-        return features[:, self.num_prefix_tokens :].reshape(-1, *self.grid, self.num_channels)
-
-    def features(self, cells_bhwc: Tensor, prefix_bc: Tensor) -> Tensor:
-        """Cells -> features as the head takes them; each of the P prefix tokens is `prefix_bc`."""
-        if self.layout == "NCHW":
-            return cells_bhwc.permute(0, 3, 1, 2)
-        if self.layout == "NHWC":
-            return cells_bhwc
-        prefix = prefix_bc.unsqueeze(1).expand(-1, self.num_prefix_tokens, -1)
-        return torch.cat([prefix, cells_bhwc.flatten(1, 2)], dim=1)
 
 
 class CellClassifier(nn.Module):
@@ -83,11 +47,15 @@ class CellClassifier(nn.Module):
 
     def __init__(self, model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.num_classes = _num_classes(model, name)
-        self.model = model.eval()
         self.name = name
-        features = _probe(model, name, image_size)
-        self.format = feature_format(model, name, features, image_size)
+        try:
+            self.num_classes = count_classes(model, name)
+            self.model = model.eval()
+            with torch.inference_mode():
+                features = probe_features(model, name, image_size)
+            self.format: FeatureFormat = feature_format(model, name, features, image_size)
+        except FeatureError as error:
+            raise TeacherError(str(error)) from error
         self._check_head(features)
 
     def cells(self, images: Tensor) -> Tensor:
@@ -148,79 +116,5 @@ class CellClassifier(nn.Module):
                 )
 
 
-def feature_format(model: nn.Module, name: str, features: object, image_size: tuple[int, int]) -> FeatureFormat:
-    """Read the layout off the features of one image. Works on the meta device too.
-
-    Raises:
-        TeacherError: several feature maps, or a layout that timm's attributes of the model do not explain.
-    """
-    if not isinstance(features, Tensor):
-        raise TeacherError(
-            f"{name}: forward_features returns a {type(features).__name__}, not one feature map; choose another teacher"
-        )
-    if features.ndim == 4:
-        layout: Layout = "NHWC" if getattr(model, "output_fmt", None) == "NHWC" else "NCHW"
-        channels, height, width = (features.shape[layout.index(axis)] for axis in "CHW")
-        if channels == getattr(model, "num_features", channels):
-            return FeatureFormat(layout, (height, width), channels, num_prefix_tokens=0)
-    if features.ndim == 3:
-        num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
-        num_tokens = features.shape[1] - num_prefix_tokens
-        for grid in _token_grids(model, image_size):
-            if grid[0] * grid[1] == num_tokens:
-                return FeatureFormat("NLC", grid, features.shape[2], num_prefix_tokens)
-    raise TeacherError(
-        f"{name}: cannot tell positions in features of shape {tuple(features.shape)} from a "
-        f"{image_size[0]} x {image_size[1]} image; choose another teacher"
-    )
-
-
-def _token_grids(model: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Grids that the model itself names: of its patch embedding, then by the stride of its last stage."""
-    grids: list[tuple[int, int]] = []
-    for embedding in (getattr(model, "patch_embed", None), getattr(model, "stem", None)):
-        grid = getattr(embedding, "grid_size", None)
-        # an embedding of flexible size keeps the grid of its nominal size
-        if grid is not None and getattr(embedding, "img_size", None) == image_size:
-            grids.append((grid[0], grid[1]))
-    stages = getattr(model, "feature_info", None)
-    if isinstance(stages, list) and stages:
-        stride = stages[-1]["reduction"]
-        grids.append((-(-image_size[0] // stride), -(-image_size[1] // stride)))
-    return grids
-
-
-def _num_classes(model: nn.Module, name: str) -> int:
-    for method in ("forward_features", "forward_head"):
-        if not callable(getattr(model, method, None)):
-            raise TeacherError(f"{name}: it has no {method}; choose an image classifier of timm")
-    num_classes = getattr(model, "num_classes", 0)
-    if not num_classes:
-        raise TeacherError(
-            f"{name}: it has no classifier (num_classes is 0); choose weights that end in a classifier, such as those "
-            "whose tag ends in in1k"
-        )
-    return int(num_classes)
-
-
 def _forward_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return model.forward_features  # type: ignore[return-value]
-
-
-@torch.inference_mode()
-def _probe(model: nn.Module, name: str, image_size: tuple[int, int]) -> Tensor:
-    """Features of one image of noise."""
-    parameter = next(model.parameters())
-    noise = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
-    try:
-        return _forward_features(model)(noise.to(parameter))
-    except torch.OutOfMemoryError as error:
-        raise TeacherError(
-            f"{name}: one {image_size[0]} x {image_size[1]} image does not fit into the memory of {parameter.device}; "
-            "give a smaller image_size"
-        ) from error
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        raise TeacherError(
-            f"{name}: it does not take {image_size[0]} x {image_size[1]} images ({error}); leave image_size out for "
-            "the model's own size, or give a multiple of its stride"
-        ) from error

@@ -4,6 +4,7 @@ Scenes are drawn into unequal tars, a small teacher is trained on other scenes, 
 and the labels are held against the truth. Nothing is downloaded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +42,9 @@ class DemoMaterial:
     teacher_accuracy: float
 
 
-def make_material(folder: Path, on_step: OnStep) -> DemoMaterial:
+def make_material(folder: Path, on_step: OnStep, *, shard_sizes: Sequence[int] = SHARD_SIZES) -> DemoMaterial:
     """Draw the scenes and train the teacher into `folder`; takes about a minute."""
-    scenes = write_scenes(folder / "images", shard_sizes=SHARD_SIZES, seed=SEED)
+    scenes = write_scenes(folder / "images", shard_sizes=shard_sizes, seed=SEED)
     teacher = train_demo_teacher(folder / "teacher.safetensors", seed=SEED, on_step=on_step)
     spec = TeacherSpec(teacher.name, checkpoint=teacher.checkpoint, image_size=teacher.image_size)
     job = Job(folder / "labels", (spec,), AnnotateConfig(class_names=CLASS_NAMES))

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from annotate.published_read import MAX_EXACT_ID, PublishedLayoutError, base_name
+from tokenlabels.files import fsync, remove_temporaries, temporary_sibling
 from tokenlabels.store import LabelStore, open_store
-from tokenlabels.store.files import fsync, remove_temporaries, temporary_sibling
 from tokenlabels.types import ScoreMap
 
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from timm.models import get_deprecated_models, is_model_pretrained, load_state_dict
+from timm.models import get_deprecated_models, is_model_pretrained
 from torch import Tensor, nn
 
 from annotate.cells import TeacherError
 from annotate.specs import TeacherSpec
+from tokenlabels.models.checkpoints import CheckpointError, load_strictly, read_state_dict
 
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar")
 _NUM_NAMES_SHOWN = 5
 
 
@@ -152,24 +151,10 @@ def _resized(model: Any, spec: TeacherSpec, state: dict[str, Tensor] | None, siz
 
 
 def _read_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
-    """The state dict of a file, by timm's loader: an averaged (EMA) one where the file holds both."""
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        raise TeacherError(f"{path} for {name}: checkpoints end in {', '.join(CHECKPOINT_SUFFIXES)}")
-    if not path.is_file():
-        raise TeacherError(f"{path} for {name}: there is no such file")
     try:
-        state: object = load_state_dict(str(path), device="cpu", weights_only=True)
-    except Exception as error:  # safetensors, zip and pickle share no base class
-        if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
-            raise TeacherError(
-                f"{path} for {name}: the file is no plain state dict. It is damaged, or it holds Python objects that "
-                "could run code when they are opened, and it was not opened; save the tensors alone, as "
-                f"model.state_dict() or safetensors ({error})"
-            ) from error
-        raise TeacherError(f"{path} for {name}: cannot be read as a checkpoint ({error})") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TeacherError(f"{path} for {name}: holds no state dict, which maps names to tensors")
-    return state
+        return read_state_dict(path)
+    except CheckpointError as error:
+        raise TeacherError(f"{name}: {error}") from error
 
 
 def _num_classes_in(state: dict[str, Tensor], model: Any, spec: TeacherSpec) -> int:
@@ -186,16 +171,9 @@ def _num_classes_in(state: dict[str, Tensor], model: Any, spec: TeacherSpec) -> 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], spec: TeacherSpec) -> None:
     try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        own = model.state_dict()
-        findings = {
-            "missing": [name for name in own if name not in state],
-            "not of this model": [name for name in state if name not in own],
-            "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
-        }
-        shown = "; ".join(f"{len(names)} tensors {what} ({_few(names)})" for what, names in findings.items() if names)
-        raise TeacherError(f"{spec.checkpoint} does not fit {spec.name}: {shown or error}") from error
+        load_strictly(model, state, source=str(spec.checkpoint), name=spec.name)
+    except CheckpointError as error:
+        raise TeacherError(str(error)) from error
 
 
 def _few(names: list[str]) -> str:

@@ -81,9 +81,11 @@ class TokenLabelBatch:
     """One batch on the device, ready for the model.
 
     Attributes:
-        images: float32 [B, 3, S_h, S_w], augmented and normalised; mixed for every kind of mixing but MixToken.
-        targets: what the loss takes, already mixed by `plan`; None where there are neither maps nor known classes.
-        plan: who was mixed with whom; for MixToken the model applies it to its patch embedding. None without mixing.
+        images: float32 [B, 3, S_h, S_w], augmented and normalised.
+        targets: what the loss takes, mixed already; None where there are neither maps nor known classes.
+        plan: who is mixed with whom; None without mixing.
+        is_mixed: whether the images are mixed by the plan already. False for MixToken, where the model applies it to
+            its patch embedding.
         labels: int64 [B], class index of the data set of every image itself; -1 where it has none.
         keys: WebDataset keys, B of them.
         boxes: float32 [B, 4], the crop, xyxy in 0..1 of the image; with RandAugment "before crop", of the image as its
@@ -94,6 +96,7 @@ class TokenLabelBatch:
     images: Tensor
     targets: TokenTargets | None
     plan: MixPlan | None
+    is_mixed: bool
     labels: Tensor
     keys: tuple[str, ...]
     boxes: Tensor

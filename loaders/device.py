@@ -6,7 +6,7 @@ Order, as in timm: colours and geometry of RandAugment on the crop, normalisatio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Mixing:
         image_size: (S_h, S_w) in pixels.
         alpha: of the Beta distribution of shares.
         prob: probability that a sample is mixed.
+        mixup_alpha: of MixUp beside "cutmix" or "mixtoken"; 0 is none.
     """
 
     kind: Mix
@@ -42,12 +43,20 @@ class Mixing:
     image_size: Grid
     alpha: float
     prob: float
+    mixup_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("mix", self.kind, Mix)
         check_share("mix_prob", self.prob)
         if not is_number(self.alpha) or not 0 < self.alpha < math.inf:
             raise ValueError(f"mix_alpha must be a finite number above 0, got {self.alpha!r}; mix=None mixes nothing")
+        _check_mixup_alpha(self.mixup_alpha, self.kind)
+
+    def before_tokens(self, num_samples: int, generator: torch.Generator) -> MixPlan | None:
+        """Draw the MixUp of the pixels that MixToken is then applied to. To be drawn before `plan`."""
+        if self.kind != "mixtoken" or self.mixup_alpha == 0:
+            return None
+        return MixPlan.mixup(num_samples, alpha=self.mixup_alpha, prob=self.prob, generator=generator)
 
     def plan(self, num_samples: int, generator: torch.Generator) -> MixPlan:
         """Draw who is mixed with whom."""
@@ -58,12 +67,19 @@ class Mixing:
             "random": MixPlan.random_patches,
             "blockwise": MixPlan.blockwise,
         }
-        size = {"mixup": {}, "cutmix": {"image_size": self.image_size}}.get(self.kind, {"grid": self.grid})
-        return draw[self.kind](num_samples, alpha=self.alpha, prob=self.prob, generator=generator, **size)
+        of_cutmix = {"image_size": self.image_size, "mixup_alpha": self.mixup_alpha}
+        own: dict[str, Any] = {"mixup": {}, "cutmix": of_cutmix}.get(self.kind, {"grid": self.grid})
+        return draw[self.kind](num_samples, alpha=self.alpha, prob=self.prob, generator=generator, **own)
 
 
 def choose_mixing(
-    mix: Mix | None, grid: Grid, image_size: Grid, alpha: float, prob: float, batch_size: int
+    mix: Mix | None,
+    grid: Grid,
+    image_size: Grid,
+    alpha: float,
+    prob: float,
+    batch_size: int,
+    mixup_alpha: float = 0.0,
 ) -> Mixing | None:
     """How to mix batches of this size, or None.
 
@@ -71,10 +87,11 @@ def choose_mixing(
         ValueError: an argument is not allowed, or there is nobody to be mixed with.
     """
     if mix is None:
+        _check_mixup_alpha(mixup_alpha, mix)
         return None
     if batch_size == 1:
         raise ValueError(f"mix={mix!r} needs another sample of the batch, but batch_size is 1; raise it, or mix=None")
-    return Mixing(mix, grid, image_size, alpha, prob)
+    return Mixing(mix, grid, image_size, alpha, prob, mixup_alpha)
 
 
 @dataclass(frozen=True)
@@ -111,17 +128,21 @@ class DeviceStage:
         generator = torch.Generator(self.device).manual_seed(host.hash % 2**63)
         images = self._pixels(host, generator)
         targets = self._targets(host)
-        plan = None
+        plan = on_pixels = None
         if self.mixing is not None and len(host) > 1:
+            before = self.mixing.before_tokens(len(host), generator)
             plan = self.mixing.plan(len(host), generator)
-            if self.mixing.kind != "mixtoken":
-                images = plan.mix(images)
-            if targets is not None:
-                targets = plan.mix_targets(targets)
+            on_pixels = before if self.mixing.kind == "mixtoken" else plan
+            if on_pixels is not None:
+                images = on_pixels.mix(images)
+            for step in (before, plan):
+                if targets is not None and step is not None:
+                    targets = step.mix_targets(targets)
         return TokenLabelBatch(
             images=images,
             targets=targets,
             plan=plan,
+            is_mixed=plan is not None and on_pixels is plan,
             labels=self._moved(torch.from_numpy(host.labels)),
             keys=host.keys,
             boxes=self._moved(torch.from_numpy(host.crops).float()),
@@ -165,6 +186,15 @@ class DeviceStage:
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return upload(tensor, self.device)
+
+
+def _check_mixup_alpha(value: object, mix: Mix | None) -> None:
+    """Refuse what is no finite number from 0 on, and MixUp beside mixing that it is not combined with."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"mixup_alpha must be a finite number of 0 or more, got {value!r}")
+    if value > 0 and mix not in ("cutmix", "mixtoken"):
+        alone = "; MixUp alone is mix='mixup' with mix_alpha" if mix in (None, "mixup") else ""
+        raise ValueError(f"mixup_alpha above 0 needs mix='cutmix' or mix='mixtoken', got {value!r} and {mix!r}{alone}")
 
 
 def _check_channels(name: str, values: object, above: float) -> None:

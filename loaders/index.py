@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from tokenlabels.files import replace_file
 from tokenlabels.images.shards import image_extension, label_extension, parse_label
-from tokenlabels.store.files import replace_file
 from tokenlabels.tars import TarError, TarReader, TarSample, scan_tar
 
 INDEX_SUFFIX = ".index"

@@ -189,6 +189,27 @@ class TokenTargets:
             valid=valid,
         )
 
+    def check_model(self, name: str, *, grid: Grid | None, num_classes: int) -> None:
+        """Refuse a model that these are no targets for.
+
+        Args:
+            name: of the model, for the message.
+            grid: rows and columns of its tokens.
+            num_classes: that it tells apart.
+
+        Raises:
+            ValueError: the targets are on another grid, or of another number of classes.
+        """
+        if self.grid != grid:
+            raise ValueError(
+                f"targets must be on the grid {grid} of {name}'s tokens, got {self.grid}; make them with grid={grid}"
+            )
+        if self.num_classes != num_classes:
+            raise ValueError(
+                f"targets must be of the {num_classes} classes of {name}, got {self.num_classes}; build the model with "
+                f"num_classes={self.num_classes}"
+            )
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same targets on another device."""
         names = ("classes", "weights", "background", "valid")

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from annotate.schedule import ray_session
 from tokenlabels.cli import app
+from tokenlabels.files import files_below
 from tokenlabels.store import open_store
-from tokenlabels.store.files import files_below
 from tokenlabels.store.writer import LOCK_FOLDER
 
 # The pixels are few, so that a run takes well under a minute; the weights are random, because none can be downloaded.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from annotate.shard import SHOWN_REASONS, AnnotateConfig, ShardError, ShardReport, annotate_shard
+from tokenlabels.files import files_below
 from tokenlabels.images import TarShard
 from tokenlabels.store import (
     LabelStoreError,
@@ -20,7 +21,6 @@ from tokenlabels.store import (
     shard_path,
     verify_store,
 )
-from tokenlabels.store.files import files_below
 from tokenlabels.store.writer import LOCK_FOLDER
 from tokenlabels.tars import TarError
 

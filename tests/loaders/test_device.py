@@ -19,6 +19,7 @@ from tests.loaders.batches import assert_same
 from tests.loaders.hosts import augment, make_host
 from tests.loaders.photos import NUM_CLASSES
 from tokenlabels.losses import token_label_loss
+from tokenlabels.mixing import MixPlan
 from tokenlabels.sparse_targets import TokenTargets
 
 CPU = torch.device("cpu")
@@ -28,9 +29,11 @@ GRID = (4, 4)
 MIXES: tuple[Mix, ...] = get_args(Mix)
 
 
-def stage_of(device: torch.device = CPU, *, maps: bool = True, mix: Mix | None = None, **options: Any) -> DeviceStage:
+def stage_of(
+    device: torch.device = CPU, *, maps: bool = True, mix: Mix | None = None, mixup_alpha: float = 0.0, **options: Any
+) -> DeviceStage:
     targets = CropTargets(NUM_CLASSES, GRID, "logits", True, device) if maps else None
-    mixing = None if mix is None else Mixing(mix, GRID, (32, 32), 1.0, 1.0)
+    mixing = None if mix is None else Mixing(mix, GRID, (32, 32), 1.0, 1.0, mixup_alpha)
     return DeviceStage(device, MEAN, STD, targets, mixing=mixing, **options)
 
 
@@ -131,6 +134,93 @@ def test_random_numbers_come_from_the_contents(mix: Mix) -> None:
     assert different.plan is not None
     assert not torch.equal(different.plan.own, first.plan.own)
     assert not torch.equal(different.images, first.images)
+
+
+def mixed_by_hand(plan: MixPlan, dense: Tensor) -> Tensor:
+    """Dense targets [B, 1 + N, K] of images of 32 x 32 pixels: every row by the pixels that it covers, one by one."""
+    mixed = torch.empty_like(dense)
+    for sample, partner in enumerate(plan.partner.tolist()):
+        rows, columns = plan.own.shape[1:]
+        pixels = plan.own[sample].repeat_interleave(32 // rows, dim=0).repeat_interleave(32 // columns, dim=1)
+        shares = [pixels.mean()]
+        for top in range(0, 32, 8):
+            shares += [pixels[top : top + 8, left : left + 8].mean() for left in range(0, 32, 8)]
+        for row, share in enumerate(shares):
+            mixed[sample, row] = share * dense[sample, row] + (1 - share) * dense[partner, row]
+    return mixed
+
+
+def test_mixtoken_after_mixup() -> None:
+    """MixUp of pixels and targets, then MixToken of targets; the model gets the plan of the latter."""
+    host = make_host(6)
+    plain, mixed = stage_of()(host), stage_of(mix="mixtoken", mixup_alpha=0.8)(host)
+    generator = torch.Generator().manual_seed(host.hash)
+    before = MixPlan.mixup(6, alpha=0.8, generator=generator)
+    plan = MixPlan.mixtoken(6, grid=GRID, generator=generator)
+    assert mixed.plan is not None
+    assert plain.targets is not None
+    assert mixed.targets is not None
+    assert torch.equal(mixed.plan.own, plan.own)
+    assert torch.equal(mixed.plan.partner, plan.partner)
+    lam = before.own
+    assert ((lam > 0) & (lam < 1)).all()
+    expected = lam[..., None] * plain.images + (1 - lam[..., None]) * plain.images[before.partner]
+    torch.testing.assert_close(mixed.images, expected)
+    by_hand = mixed_by_hand(plan, mixed_by_hand(before, plain.targets.dense()))
+    torch.testing.assert_close(mixed.targets.dense(), by_hand)
+    other_way = mixed_by_hand(before, mixed_by_hand(plan, plain.targets.dense()))
+    assert (by_hand - other_way).abs().max() > 0.01, "the order of the two does not show"
+
+
+def test_cutmix_in_turns_with_mixup() -> None:
+    """Pixels and targets by one plan, which is CutMix of some samples and MixUp of the others."""
+    host = make_host(12)
+    plain, mixed = stage_of()(host), stage_of(mix="cutmix", mixup_alpha=0.8)(host)
+    plan = MixPlan.cutmix(12, image_size=32, mixup_alpha=0.8, generator=torch.Generator().manual_seed(host.hash))
+    assert mixed.plan is not None
+    assert plain.targets is not None
+    assert mixed.targets is not None
+    assert torch.equal(mixed.plan.own, plan.own)
+    assert torch.equal(mixed.plan.partner, plan.partner)
+    is_mixup = ((plan.own > 0) & (plan.own < 1)).flatten(1).all(dim=1)
+    assert 2 < int(is_mixup.sum()) < 10
+    torch.testing.assert_close(mixed.images, plan.mix(plain.images))
+    torch.testing.assert_close(mixed.targets.dense(), mixed_by_hand(plan, plain.targets.dense()))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_without_mixup_alpha_nothing_more_is_drawn(mix: Mix) -> None:
+    """The random numbers of batches stay those of the plan alone."""
+    host = make_host(6)
+    sizes: dict[str, Any] = {"mixup": {}, "cutmix": {"image_size": 32}}
+    draw = {"random": MixPlan.random_patches}.get(mix) or getattr(MixPlan, mix)
+    generator = torch.Generator().manual_seed(host.hash)
+    expected = draw(6, alpha=1.0, generator=generator, **sizes.get(mix, {"grid": GRID}))
+    plan = stage_of(mix=mix)(host).plan
+    assert plan is not None
+    assert torch.equal(plan.own, expected.own)
+    assert torch.equal(plan.partner, expected.partner)
+
+
+@pytest.mark.parametrize("mix", ["mixtoken", "cutmix"])
+def test_mix_prob_is_of_mixup_too(mix: Mix) -> None:
+    host = make_host(6)
+    mixing = Mixing(mix, GRID, (32, 32), 1.0, 0.0, 0.8)
+    batch, plain = DeviceStage(CPU, MEAN, STD, mixing=mixing)(host), stage_of()(host)
+    assert batch.plan is not None
+    assert (batch.plan.own == 1).all()
+    assert torch.equal(batch.images, plain.images)
+
+
+@pytest.mark.parametrize("mix", ["mixtoken", "cutmix"])
+def test_mixup_works_without_targets(mix: Mix) -> None:
+    host = make_host(6)
+    with_targets, without = (
+        stage_of(mix=mix, mixup_alpha=0.8)(host),
+        stage_of(mix=mix, mixup_alpha=0.8, maps=False)(host),
+    )
+    assert without.targets is None
+    assert torch.equal(without.images, with_targets.images)
 
 
 def test_a_batch_of_one_cannot_be_mixed() -> None:
@@ -287,6 +377,20 @@ def test_cuda_gives_what_the_cpu_gives(cuda: torch.device, mix: Mix | None) -> N
     torch.testing.assert_close(there.images.cpu(), images, rtol=0, atol=1e-3)
     torch.testing.assert_close(there.targets.dense().cpu(), targets.dense(), rtol=0, atol=5e-6)
     assert torch.equal(there.targets.valid.cpu(), targets.valid)
+
+
+@pytest.mark.gpu
+def test_mixtoken_after_mixup_on_cuda(cuda: torch.device) -> None:
+    host = make_host(6)
+    plain, mixed = stage_of(cuda)(host), stage_of(cuda, mix="mixtoken", mixup_alpha=0.8)(host)
+    generator = torch.Generator(cuda).manual_seed(host.hash)
+    before = MixPlan.mixup(6, alpha=0.8, generator=generator)
+    plan = MixPlan.mixtoken(6, grid=GRID, generator=generator)
+    assert plain.targets is not None
+    assert mixed.targets is not None
+    torch.testing.assert_close(mixed.images, before.mix(plain.images))
+    by_hand = mixed_by_hand(plan.to(CPU), mixed_by_hand(before.to(CPU), plain.targets.dense().cpu()))
+    torch.testing.assert_close(mixed.targets.dense().cpu(), by_hand)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from loaders import index as index_module
 from loaders.index import ShardIndex, build_index, info_path, kept_num_samples, load_index, read_info, tar_state
-from tokenlabels.store.files import replace_file
+from tokenlabels.files import replace_file
 from tokenlabels.tars import TarError, TarIndex, scan_tar
 
 Files = list[tuple[str, bytes]]

@@ -11,6 +11,7 @@ from tokenlabels.cli.demo import demo
 from tokenlabels.cli.doctor import doctor
 from tokenlabels.cli.exchange import export_labels, import_labels
 from tokenlabels.cli.labels import inspect, verify
+from tokenlabels.cli.train import train
 
 app = typer.Typer(
     name="tokenlabels",
@@ -24,6 +25,7 @@ app.command()(verify)
 app.command()(inspect)
 app.command("import")(import_labels)
 app.command("export")(export_labels)
+app.command()(train)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 

@@ -1,14 +1,12 @@
 """tokenlabels bench: the project's figures, measured here and now, as ratios."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tokenlabels.cli.common import DeviceOption, show_user_errors
+from tokenlabels.cli.common import DeviceOption, needs_checkout, show_user_errors
 
 bench = typer.Typer(help="Measure ratios on this machine; nothing is downloaded.", no_args_is_help=True)
 
@@ -69,7 +67,7 @@ def bench_targets(
     rounds: Rounds = 5,
 ) -> None:
     """Sparse targets and loss against the dense form, on the CPU: time, bytes and peak memory."""
-    with _needs_checkout("the dense form to compare with"):
+    with needs_checkout("the dense form to compare with"):
         from jobs.bench.targets import NUM_DISTINCT, distinct_classes
         from jobs.bench.targets import bench_targets as measure
     for num_distinct in NUM_DISTINCT:
@@ -88,7 +86,7 @@ def bench_loader(
     rounds: Rounds = 3,
 ) -> None:
     """The loader against its decoder alone, WebDataset and ImageFolder; what labels cost; memory; the first batch."""
-    with _needs_checkout("the other loaders to compare with"):
+    with needs_checkout("the other loaders to compare with"):
         from jobs.bench.loader import bench_loader as measure
         from jobs.bench.loader import prepare
         from jobs.bench.loader_limits import measure_memory, measure_start
@@ -99,15 +97,3 @@ def bench_loader(
             typer.echo(comparison)
         typer.echo(measure_memory(data.tars, data.labels, threads=threads, batch_size=batch_size))
         typer.echo(measure_start(data.images[0], folder / "start", threads=threads, batch_size=batch_size))
-
-
-@contextmanager
-def _needs_checkout(what: str) -> Iterator[None]:
-    """Turn the missing `jobs` of an installed package into advice."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("jobs"):
-            raise
-        message = f"{what} is in jobs/, which is not installed; run this from a checkout"
-        raise ValueError(message) from error

@@ -1,7 +1,8 @@
 """What several commands share: how errors are shown, and the options that choose a teacher."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, ParamSpec, TypeVar
 
@@ -116,3 +117,15 @@ def teacher_specs(
 def read_names(path: Path | None) -> tuple[str, ...] | None:
     """Class names from a text file, one per line."""
     return tuple(path.read_text(encoding="utf-8").splitlines()) if path else None
+
+
+@contextmanager
+def needs_checkout(what: str) -> Iterator[None]:
+    """Turn the missing `jobs` of an installed package into advice."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("jobs"):
+            raise
+        message = f"{what} is in jobs/, which is not installed; run this from a checkout"
+        raise ValueError(message) from error

@@ -2,7 +2,6 @@
 
 schema.py  the records (labels.json, manifests, attributes), validated and sealed with checksums
 layout.py  the five arrays of a shard, their chunks and codecs
-files.py   durable steps: fsync, rename, locks
 writer.py  claim a shard, write it, commit it
 reader.py  open_store(path): keys -> ScoreMap, shards in bulk or as a stream
 verify.py  every check that needs no teacher

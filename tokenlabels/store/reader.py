@@ -13,8 +13,8 @@ import numpy as np
 import zarr
 from pydantic import ValidationError
 
+from tokenlabels.files import is_locked, sha256_of
 from tokenlabels.lazy import cached_property
-from tokenlabels.store.files import is_locked, sha256_of
 from tokenlabels.store.layout import ROWS_PER_CHUNK, ArraySpec, array_specs
 from tokenlabels.store.schema import (
     LABELS_FILE,

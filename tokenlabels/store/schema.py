@@ -11,13 +11,13 @@ from typing import Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tokenlabels.store.files import replace_file
+from tokenlabels.differences import differences
+from tokenlabels.files import replace_file
 
 FORMAT_VERSION: Final = 1
 LABELS_FILE = "labels.json"
 MANIFEST_FOLDER = "manifest"
 LOCK_FOLDER = ".locks"
-MAX_SHOWN_LETTERS = 120
 
 AnyRecord = TypeVar("AnyRecord", bound="Record")
 
@@ -100,12 +100,8 @@ class LabelSet(Record):
 
     def differences(self, other: "LabelSet") -> list[str]:
         """Fields, tars apart, in which two sets differ, as "field: mine != other" lines."""
-        mine, others = (_flatten(record.model_dump(mode="json", exclude={"tars"})) for record in (self, other))
-        return [
-            f"{field}: {_shortened(mine.get(field, 'absent'))} != {_shortened(others.get(field, 'absent'))}"
-            for field in sorted(mine.keys() | others.keys())
-            if mine.get(field, "absent") != others.get(field, "absent")
-        ]
+        mine, others = (record.model_dump(mode="json", exclude={"tars"}) for record in (self, other))
+        return differences(mine, others)
 
 
 class SourceRecord(Record):
@@ -230,23 +226,3 @@ def read_sealed(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     if not unchanged:
         raise LabelStoreError(f"{path}: damaged or edited by hand (its sha256 does not match its content)")
     return record
-
-
-def _shortened(value: object) -> str:
-    """A thousand class names would bury the other lines."""
-    text = str(value)
-    return text if len(text) <= MAX_SHOWN_LETTERS else f"{text[:MAX_SHOWN_LETTERS]}..."
-
-
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists of scalars stay whole, so that a difference reads as one line."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = {str(index): item for index, item in enumerate(value)}.items()
-    else:
-        return {prefix: value}
-    flat: dict[str, object] = {}
-    for name, item in items:
-        flat |= _flatten(item, f"{prefix}.{name}" if prefix else str(name))
-    return flat

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabels.store.files import files_below, sha256_of
+from tokenlabels.files import files_below, sha256_of
 from tokenlabels.store.reader import ShardReader
 from tokenlabels.store.schema import (
     LABELS_FILE,

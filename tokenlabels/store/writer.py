@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from tokenlabels.store.files import (
+from tokenlabels.files import (
     file_lock,
     files_below,
     fsync,

@@ -13,9 +13,9 @@ from annotate.ledger import ShardFailure
 from annotate.schedule import Job, ray_session, run_inline
 from annotate.shard import AnnotateConfig, ShardReport
 from annotate.specs import TeacherSpec
+from tokenlabels.files import files_below
 from tokenlabels.images import ImageShard, find_shards
 from tokenlabels.store import LabelSet
-from tokenlabels.store.files import files_below
 from tokenlabels.store.writer import LOCK_FOLDER
 
 

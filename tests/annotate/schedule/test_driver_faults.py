@@ -19,9 +19,9 @@ from annotate.scenes import write_scenes
 from annotate.schedule import Job, run_inline
 from annotate.shard import AnnotateConfig
 from annotate.specs import TeacherSpec
+from tokenlabels.files import TEMPORARY_MARK, file_lock
 from tokenlabels.images import find_shards
 from tokenlabels.store import manifest_path, shard_path, verify_store
-from tokenlabels.store.files import TEMPORARY_MARK, file_lock
 from tokenlabels.store.writer import LOCK_FOLDER
 
 MakeRecorder = Callable[..., Any]

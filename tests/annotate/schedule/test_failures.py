@@ -17,6 +17,7 @@ from annotate import schedule
 from annotate.ledger import MAX_ATTEMPTS, RunStoppedError, ShardFailure
 from annotate.schedule import Job, run_inline, try_shard
 from annotate.shard import ShardError, ShardReport
+from tokenlabels.files import TEMPORARY_MARK, fsync_tree
 from tokenlabels.images import EncodedImage, ImageShard, TarShard, find_shards
 from tokenlabels.store import (
     DiskFullError,
@@ -26,7 +27,6 @@ from tokenlabels.store import (
     open_store,
     writer,
 )
-from tokenlabels.store.files import TEMPORARY_MARK, fsync_tree
 
 MakeRecorder = Callable[..., Any]
 Contents = Callable[[Path], dict[str, bytes]]

@@ -14,7 +14,8 @@ import torch
 from typer.testing import Result
 
 from annotate import schedule
-from tokenlabels.store import files, open_store, verify_store, writer
+from tokenlabels import files
+from tokenlabels.store import open_store, verify_store, writer
 
 Run = Callable[..., Result]
 
@@ -130,7 +131,7 @@ USE = {
     "unknown preset": (["--preset", "dm_nfnet_f7"], "no preset 'dm_nfnet_f7'; there are dm_nfnet_f6"),
     "missing checkpoint": (
         ["--teacher", NAME, "--checkpoint", "no.pth"],
-        "no.pth for test_efficientnet_gn: there is no",
+        "no.pth: there is no such file",
     ),
     "checkpoints without teachers": (
         ["--teacher", NAME, "--checkpoint", "a.pth", "--checkpoint", "b.pth"],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenlabels.files import files_below
 from tokenlabels.store import (
     ImageLevelRecord,
     LabelSet,
@@ -19,7 +20,6 @@ from tokenlabels.store import (
     claim_shard,
     create_label_set,
 )
-from tokenlabels.store.files import files_below
 from tokenlabels.store.writer import LOCK_FOLDER
 from tokenlabels.types import ScoreMaps, class_dtype
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tokenlabels.files import files_below
 from tokenlabels.store import LabelStoreError, manifest_path, open_store, shard_path, verify_store
-from tokenlabels.store.files import files_below
 from tokenlabels.store.writer import LOCK_FOLDER
 
 FILES_OF_SHARD_B = [

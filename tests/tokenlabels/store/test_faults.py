@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from tokenlabels.files import files_below
 from tokenlabels.store import LabelSet, Manifest, create_label_set, manifest_path, shard_path, verify_store
-from tokenlabels.store.files import files_below
 from tokenlabels.types import ScoreMaps
 
 MakeInfo = Callable[..., LabelSet]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenlabels.files import files_below
 from tokenlabels.store import LabelSet, Manifest, create_label_set
-from tokenlabels.store.files import files_below
 from tokenlabels.types import ScoreMaps
 
 LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}

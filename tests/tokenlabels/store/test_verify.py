@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenlabels.files import files_below, sha256_of
 from tokenlabels.store import (
     FileRecord,
     LabelSet,
@@ -19,7 +20,6 @@ from tokenlabels.store import (
     manifest_path,
     verify_store,
 )
-from tokenlabels.store.files import files_below, sha256_of
 from tokenlabels.store.schema import read_sealed, write_sealed
 from tokenlabels.store.verify import wrong_values
 from tokenlabels.store.writer import ShardWriter

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tokenlabels.files import files_below, sha256_of, temporary_sibling
 from tokenlabels.store import (
     ImageLevelRecord,
     LabelSet,
@@ -23,7 +24,6 @@ from tokenlabels.store import (
     open_store,
     verify_store,
 )
-from tokenlabels.store.files import files_below, sha256_of, temporary_sibling
 from tokenlabels.store.layout import values_of
 from tokenlabels.types import ScoreMaps
 

@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY_MARK = ".tmp-"
 
@@ -36,13 +37,21 @@ def temporary_sibling(path: Path) -> Path:
 
 
 @contextmanager
-def staged_file(path: Path, content: bytes) -> Iterator[Path]:
-    """A flushed temporary sibling of `path`, to be renamed to it inside the block and gone after it."""
+def staged_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """A flushed temporary sibling of `path`, to be renamed to it inside the block and gone after it.
+
+    Args:
+        path: to be.
+        content: bytes, or a function that writes them to the open file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         yield temporary
@@ -50,8 +59,8 @@ def staged_file(path: Path, content: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new one, never a part."""
+def replace_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file so that readers see the old content or the new one, never a part. `content`: see `staged_file`."""
     with staged_file(path, content) as staged:
         staged.replace(path)
     fsync(path.parent)

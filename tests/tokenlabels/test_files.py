@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenlabels.store.files import (
+from tokenlabels.files import (
     file_lock,
     files_below,
     fsync_tree,

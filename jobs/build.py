@@ -1,0 +1,176 @@
+"""From a `RunConfig` to the model and the loaders that it names."""
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from torch import nn
+
+import tokenlabels.models  # noqa: F401 - registers LV-ViT
+from jobs.config import RunConfig
+from loaders import EvaluationLoader, TokenLabelLoader
+from loaders.options import PATCH_SIZE_PX
+from tokenlabels.models import DenseClassifier, LVViT, load_checkpoint
+from tokenlabels.store import LabelStore, open_store
+from tokenlabels.trainer.ranks import rank_and_world_size
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a configuration names, ready to train.
+
+    Attributes:
+        model: on its device.
+        train: training batches, on the device.
+        val: validation batches, or None.
+        store: the label set, or None.
+    """
+
+    model: nn.Module
+    train: TokenLabelLoader
+    val: EvaluationLoader | None
+    store: LabelStore | None
+
+
+def build_run(config: RunConfig, device: torch.device) -> Run:
+    """Open the labels, make the model, find the images.
+
+    Raises:
+        ValueError: something is missing or does not fit; nothing has been trained.
+    """
+    store = open_labels(config)
+    num_classes = config.data.num_classes if store is None else store.info.num_classes
+    if num_classes is None:
+        raise ValueError("hard labels need data.num_classes (--num-classes), or a label set that tells it (--labels)")
+    torch.manual_seed(config.trainer.seed)
+    model = build_model(config, num_classes).to(device)
+    train = _train_loader(config, model, store, device)
+    return Run(model, train, _val_loader(config, model, device), store)
+
+
+def open_labels(config: RunConfig) -> LabelStore | None:
+    """The label set of a run. Without one only hard labels are trained, and never by mistake.
+
+    Raises:
+        ValueError: none is named where one is needed, or it cannot be opened.
+    """
+    data = config.data
+    if data.labels is not None:
+        return open_store(data.labels)
+    if data.supervision != "hard":
+        raise ValueError(
+            f"supervision {data.supervision!r} needs labels: give their folder (--labels), made by tokenlabels "
+            "annotate, or choose a recipe with hard labels"
+        )
+    return None
+
+
+def build_model(config: RunConfig, num_classes: int) -> nn.Module:
+    """The student, on the CPU: with a classifier for tokens where there are labels for them.
+
+    Raises:
+        ValueError: timm has no such model, it does not take the arguments or the size, it cannot mix tokens, or the
+            checkpoint is of another one.
+    """
+    model = _timm_model(config, num_classes)
+    wants_tokens = config.data.supervision == "token"
+    if wants_tokens and not isinstance(model, LVViT):
+        model = DenseClassifier(model, config.model.image_size)
+    elif config.data.mix == "mixtoken" and not isinstance(model, LVViT):
+        raise ValueError(
+            f"{config.model.name} mixes tokens with token labels only; use data.mix=cutmix for "
+            f"{config.data.supervision!r} labels"
+        )
+    if config.model.init is not None:
+        load_checkpoint(model, config.model.init)
+    return model
+
+
+def batch_size_per_rank(config: RunConfig) -> int:
+    """Samples per batch of one rank.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
+    _, world_size = rank_and_world_size()
+    size, rest = divmod(config.data.batch_size, world_size * config.trainer.accumulate)
+    if rest or not size:
+        raise ValueError(
+            f"data.batch_size {config.data.batch_size} cannot be shared out evenly among {world_size} ranks and "
+            f"trainer.accumulate={config.trainer.accumulate} batches; make it a multiple of both"
+        )
+    return size
+
+
+def _timm_model(config: RunConfig, num_classes: int) -> nn.Module:
+    name, size = config.model.name, config.model.image_size
+    if not timm.is_model(name):
+        raise ValueError(f"model.name: timm {timm.__version__} has no model {name!r}; timm.list_models() has the names")
+    default = timm.get_pretrained_cfg(name)
+    arguments = {"num_classes": num_classes, "drop_path_rate": config.model.drop_path}
+    if default is not None and default.fixed_input_size and tuple(default.input_size[-2:]) != (size, size):
+        arguments["img_size"] = size
+    if timm.model_entrypoint(name).__module__ == LVViT.__module__:
+        arguments["aux_head"] = config.data.supervision == "token"
+    try:
+        model: nn.Module = timm.create_model(name, **(arguments | config.model.args))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"model.name {name!r} cannot be built with {arguments | config.model.args}: {error}"
+        ) from error
+    return model
+
+
+def _train_loader(
+    config: RunConfig, model: nn.Module, store: LabelStore | None, device: torch.device
+) -> TokenLabelLoader:
+    data = config.data
+    pixels = resolve_model_data_config(_described(model))  # type: ignore[no-untyped-call]
+    return TokenLabelLoader(
+        data.images,
+        store,
+        image_size=config.model.image_size,
+        batch_size=batch_size_per_rank(config),
+        # Without tokens of its own a model asks for no grid; patches that are mixed at random are of 16 pixels then.
+        grid=getattr(model, "grid", (1, 1) if config.model.image_size % PATCH_SIZE_PX else None),
+        supervision=data.supervision,
+        num_classes=data.num_classes,
+        interpolate=data.interpolate,
+        seed=config.trainer.seed,
+        shuffle_shards=data.shuffle_shards,
+        rand_augment=data.rand_augment,
+        erase_prob=data.erase_prob,
+        mix=data.mix,
+        mix_alpha=data.mix_alpha,
+        mix_prob=data.mix_prob,
+        mixup_alpha=data.mixup_alpha,
+        mean=pixels["mean"],
+        std=pixels["std"],
+        device=device,
+        threads=data.threads,
+        index_dir=data.index_dir,
+    )
+
+
+def _val_loader(config: RunConfig, model: nn.Module, device: torch.device) -> EvaluationLoader | None:
+    data = config.data
+    if not data.val:
+        return None
+    pixels = resolve_model_data_config(_described(model))  # type: ignore[no-untyped-call]
+    return EvaluationLoader(
+        data.val,
+        image_size=config.model.image_size,
+        batch_size=batch_size_per_rank(config),
+        crop_pct=pixels["crop_pct"] if data.crop_pct is None else data.crop_pct,
+        mean=pixels["mean"],
+        std=pixels["std"],
+        device=device,
+        threads=data.threads,
+        index_dir=data.index_dir,
+    )
+
+
+def _described(model: nn.Module) -> nn.Module:
+    """The timm model, whose configuration says how pixels are normalised."""
+    return model.model if isinstance(model, DenseClassifier) else model

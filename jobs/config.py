@@ -1,0 +1,96 @@
+"""A whole training run as one value: model, data, trainer. Recipes make them, `--set` changes single fields."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tokenlabels.checks import check_choice, check_count
+from tokenlabels.trainer.config import TrainerConfig
+
+Supervision = Literal["token", "relabel", "hard"]
+Mix = Literal["mixtoken", "cutmix", "mixup", "random", "blockwise"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The student.
+
+    Attributes:
+        name: as `timm.create_model` knows it; LV-ViT (lvvit_t, s, m, l) is registered.
+        image_size: side in pixels of training crops and of evaluation.
+        drop_path: rate of stochastic depth, 0..1.
+        init: checkpoint to begin with (fine-tuning), see `tokenlabels.models.load_checkpoint`; None is random weights.
+        args: further arguments of `timm.create_model`.
+    """
+
+    name: str = "lvvit_s"
+    image_size: int = 224
+    drop_path: float = 0.1
+    init: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and labels, see `loaders.TokenLabelLoader`.
+
+    Attributes:
+        images: training images: tars or trees, by name, glob or braces.
+        labels: folder of their label set. Needed for "token" and "relabel".
+        val: images to evaluate on after every epoch; None evaluates nothing.
+        real: file of ImageNet-ReaL labels (real.json) for `val`.
+        num_classes: for "hard" without a label set; otherwise the label set knows.
+        supervision: what targets are made of.
+        interpolate: rule from maps to targets.
+        batch_size: samples per optimizer step, over all ranks.
+        mix: "mixtoken" in the model; the others on pixels; None for neither.
+        mix_alpha, mix_prob: of its Beta distribution, and how often.
+        mixup_alpha: above 0 adds MixUp of pixels: in turns with mix="cutmix", as timm does, and as well as
+            mix="mixtoken" (Table 3).
+        rand_augment: timm's string, or None.
+        erase_prob: of Random Erasing.
+        shuffle_shards: shards that are shuffled together.
+        crop_pct: of evaluation; None takes the model's own.
+        min_agreement: share of the first images whose label map names the image's own class, below which the run is
+            refused: such labels are of other classes. None asks for a tenth of the way from chance to all.
+        threads: that read and decode, per rank; None is one per core.
+        index_dir: where indexes of tars are kept; None is beside them.
+    """
+
+    images: tuple[str, ...] = ()
+    labels: str | None = None
+    val: tuple[str, ...] = ()
+    real: str | None = None
+    num_classes: int | None = None
+    supervision: Supervision = "token"
+    interpolate: Literal["logits", "probs"] = "logits"
+    batch_size: int = 1024
+    mix: Mix | None = "mixtoken"
+    mix_alpha: float = 1.0
+    mix_prob: float = 1.0
+    mixup_alpha: float = 0.0
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    erase_prob: float = 0.25
+    shuffle_shards: int = 8
+    crop_pct: float | None = None
+    min_agreement: float | None = None
+    threads: int | None = None
+    index_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("data.supervision", self.supervision, Supervision)
+        if self.mix is not None:
+            check_choice("data.mix", self.mix, Mix)
+        check_count("data.batch_size", self.batch_size)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run. `jobs.recipes` has the papers'; ``python -m jobs.train NAME`` runs them.
+
+    Attributes:
+        model, data, trainer: see there.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -1,0 +1,127 @@
+"""Weights from files: released checkpoints and those of our own runs, at any image size."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+from timm.layers import resample_abs_pos_embed
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar")
+_NUM_NAMES_SHOWN = 5
+
+
+class CheckpointError(ValueError):
+    """A file cannot be read as a checkpoint, or is one of another model; the message names the file."""
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True) -> None:
+    """Load weights strictly: every tensor of the model from the file, and none left over.
+
+    Takes a state dict or a training checkpoint (.pth, .pt, .pth.tar, .safetensors) with or without the ``module.`` of
+    distributed training. Position embeddings of another image size are resampled, bicubic and without antialiasing as
+    in the published fine-tuning; grids are taken to be square where the model does not say otherwise.
+
+    Args:
+        model: on any device.
+        path: the file.
+        use_ema: take the averaged weights where the file holds both.
+
+    Raises:
+        CheckpointError: there is no such file, it holds no state dict, or one of another model or number of classes.
+    """
+    path = Path(path)
+    state = read_state_dict(path, use_ema=use_ema)
+    own = model.state_dict()
+    for name in own.keys() & state.keys():
+        if name.rpartition(".")[2] == "pos_embed" and own[name].shape != state[name].shape:
+            state[name] = _resampled(model.get_submodule(name.rpartition(".")[0]), state[name], path)
+    load_strictly(model, state, source=str(path), name=type(model).__name__)
+
+
+def read_state_dict(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
+    """The state dict of a file, by timm's loader: an averaged (EMA) one where the file holds both.
+
+    Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds no state dict.
+    """
+    if path.suffix not in CHECKPOINT_SUFFIXES:
+        raise CheckpointError(f"{path}: checkpoints end in {', '.join(CHECKPOINT_SUFFIXES)}")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        state: object = load_state_dict(str(path), use_ema=use_ema, device="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zip and pickle share no base class
+        if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{path}: the file is no plain state dict. It is damaged, or it holds Python objects that "
+                "could run code when they are opened, and it was not opened; save the tensors alone, as "
+                f"model.state_dict() or safetensors ({error})"
+            ) from error
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error})") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: holds no state dict, which maps names to tensors")
+    return state
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
+    """``model.load_state_dict(state, strict=True)``, with a message that says what does not fit.
+
+    Args:
+        model: on any device.
+        state: names to tensors.
+        source, name: what the message calls the state and the model.
+
+    Raises:
+        CheckpointError: the state is of another model, or of another number of classes.
+    """
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        own = model.state_dict()
+        findings = {
+            "missing": [name for name in own if name not in state],
+            "not of this model": [name for name in state if name not in own],
+            "of another shape": [_shapes(name, state, own) for name in own if _differ(name, state, own)],
+        }
+        shown = "; ".join(f"{len(names)} tensors {what} ({_few(names)})" for what, names in findings.items() if names)
+        raise CheckpointError(f"{source} does not fit {name}: {_classes(model, state)}{shown or error}") from error
+
+
+def _resampled(embedded: nn.Module, positions: Tensor, path: Path) -> Tensor:
+    prefix = 0 if getattr(embedded, "no_embed_class", False) else getattr(embedded, "num_prefix_tokens", 0)
+    grid = getattr(getattr(embedded, "patch_embed", None), "grid_size", None)
+    num_tokens = positions.shape[1] - prefix if positions.ndim == 3 else -1
+    if grid is None or num_tokens < 1 or round(num_tokens**0.5) ** 2 != num_tokens:
+        raise CheckpointError(
+            f"{path}: its position embedding {list(positions.shape)} is of another size and of no square grid, and "
+            "cannot be resampled; build the model for images of the checkpoint's size"
+        )
+    resampled: Tensor = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix, antialias=False)
+    return resampled
+
+
+def _differ(name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    return name in state and state[name].shape != own[name].shape
+
+
+def _shapes(name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    return f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+
+
+def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Where the classifier is all that differs, or part of it: say so first."""
+    own = model.state_dict()
+    for name in ("head.weight", "fc.weight", "classifier.weight", "head.fc.weight"):
+        for prefix in ("", "model."):
+            key = prefix + name
+            if key in own and _differ(key, state, own) and state[key].shape[1:] == own[key].shape[1:]:
+                return f"it has {len(state[key])} classes, the model {len(own[key])}; "
+    return ""
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_NUM_NAMES_SHOWN]) + (", ..." if len(names) > _NUM_NAMES_SHOWN else "")

@@ -1,0 +1,38 @@
+"""What would go wrong only after hours, or never be noticed, is refused on the first batch."""
+
+import inspect
+
+from torch import nn
+
+from tokenlabels.trainer.batches import TrainingBatch
+from tokenlabels.trainer.config import TrainerConfig
+
+
+def check_batch(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) -> None:
+    """Compare a batch with the model and the configuration.
+
+    Args:
+        model: not wrapped.
+        batch: the first.
+        config: of the run.
+
+    Raises:
+        ValueError: there are no targets; they have another grid, other classes or no tokens for the model's classifier
+            of tokens; the model cannot mix tokens.
+    """
+    targets = batch.targets
+    if targets is None:
+        raise ValueError("the batches have no targets: give the loader labels, or num_classes for hard labels")
+    name = type(model).__name__
+    grid = targets.grid if targets.grid is None else getattr(model, "grid", targets.grid)
+    targets.check_model(name, grid=grid, num_classes=getattr(model, "num_classes", targets.num_classes))
+    is_to_mix = batch.plan is not None and not batch.is_mixed
+    if is_to_mix and "plan" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{name} takes no plan and cannot mix tokens; wrap it in DenseClassifier, or use mix='cutmix'")
+    is_trained = targets.grid is not None and config.loss.dense_weight > 0
+    if getattr(model, "aux_head", None) is not None and not is_trained:
+        why = "loss.dense_weight is 0" if targets.grid is not None else f"the targets have no tokens ({targets!r})"
+        raise ValueError(
+            f"{name} has a classifier for tokens that nothing would train: {why}. Build the model without it "
+            "(aux_head=False of LV-ViT; the plain timm model in place of DenseClassifier), or use token labels"
+        )

@@ -1,0 +1,48 @@
+"""The optimizer and the course of its learning rate, both timm's."""
+
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from tokenlabels.trainer.config import OptimizerConfig, ScheduleConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig, batch_size: int) -> Optimizer:
+    """timm's optimizer and parameter groups: no decay for vectors and for what ``model.no_weight_decay()`` names.
+
+    Args:
+        model: on its device, before it is wrapped for distributed training.
+        config: see there.
+        batch_size: samples per optimizer step, over all ranks.
+
+    Raises:
+        ValueError: timm has no such optimizer.
+    """
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr(batch_size),
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+        )
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"optimizer.name {config.name!r}: {error}; timm.optim.list_optimizers() has the names"
+        ) from error
+
+
+def make_schedule(optimizer: Optimizer, config: ScheduleConfig) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine; ``schedule.step(t)`` sets the rate for time t in epochs, a float.
+
+    The cosine counts from epoch 0, as in timm and the published script, and not from the end of the warm-up.
+    """
+    lr = min(group["lr"] for group in optimizer.param_groups)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs,
+        lr_min=min(config.min_lr, lr),
+        warmup_t=config.warmup_epochs,  # type: ignore[arg-type]
+        warmup_lr_init=min(config.warmup_lr, lr),
+    )

@@ -1,0 +1,151 @@
+"""One optimizer step: forward, loss, backward, weights, and their average."""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from tokenlabels.losses import token_label_loss
+from tokenlabels.trainer.batches import TrainingBatch
+from tokenlabels.trainer.config import TrainerConfig
+from tokenlabels.trainer.ranks import rank_and_world_size, seed_step
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or NaN; the message names the file with the keys of the batch."""
+
+
+def batch_loss(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) -> Tensor:
+    """The token-labelling loss of one batch, a scalar.
+
+    Args:
+        model: gives (image logits, token logits) for targets with tokens, image logits for others; called with the
+            plan too where it mixes its patch embedding.
+        batch: its targets are mixed already.
+        config: of the loss.
+
+    Raises:
+        ValueError: the batch has no targets, or they do not fit what the model returns.
+    """
+    if batch.targets is None:
+        raise ValueError("the batches have no targets: give the loader labels, or num_classes for hard labels")
+    images = batch.images.contiguous(memory_format=torch.channels_last) if config.channels_last else batch.images
+    outputs = model(images) if batch.plan is None or batch.is_mixed else model(images, batch.plan)
+    image_logits, token_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+    return token_label_loss(
+        image_logits,
+        token_logits,
+        batch.targets.smooth(config.loss.smoothing),
+        image_weight=config.loss.image_weight,
+        dense_weight=config.loss.dense_weight,
+        keep_tokens=config.loss.keep_tokens,
+    )
+
+
+class OptimizerStep:
+    """Runs optimizer steps on batches.
+
+    Args:
+        model: on its device, wrapped for distributed training if there are several ranks.
+        optimizer: of its parameters.
+        config: see there.
+        ema: the average of weights, or None.
+
+    Attributes:
+        scaler: of the loss; does nothing but for "fp16".
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: TrainerConfig, ema: ModelEmaV3 | None) -> None:
+        self.model, self.optimizer, self.config, self.ema = model, optimizer, config, ema
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+
+    def __call__(self, batches: Sequence[TrainingBatch], step: int) -> Tensor:
+        """One step; returns the mean loss of the batches, detached, on the device.
+
+        Args:
+            batches: that make up the step, on the model's device.
+            step: its number, from which stochastic depth and dropout draw.
+        """
+        seed_step(self.config.seed, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            with self._unsynchronised(number < len(batches) - 1):
+                with autocast(self.device, self.config):
+                    loss = batch_loss(self.model, batch, self.config) / len(batches)
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if self.config.optimizer.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(unwrapped(self.model), step=step + 1)
+        return total
+
+    def _unsynchronised(self, more_follow: bool) -> Any:
+        """Ranks exchange gradients in the last backward pass of a step alone."""
+        if more_follow and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+
+class LossGuard:
+    """Stops a run whose loss is no number any more, before that is saved.
+
+    On a GPU a loss is looked at when the step after it has been queued, so that the device never waits for the host.
+
+    Args:
+        folder: where the keys of the batch are written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._last: tuple[Tensor, tuple[str, ...], int] | None = None
+
+    def watch(self, loss: Tensor, batches: Sequence[TrainingBatch], step: int) -> None:
+        """Look at the loss before, and keep this one for later; on the CPU look at once.
+
+        Raises:
+            NonFiniteLossError: it is not finite.
+        """
+        self.check()
+        self._last = loss, tuple(key for batch in batches for key in batch.keys), step
+        if loss.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Look at the loss that was kept; raises as `watch`."""
+        if self._last is None or math.isfinite(value := float(self._last[0])):
+            self._last = None
+            return
+        _, keys, step = self._last
+        rank, _ = rank_and_world_size()
+        path = self._folder / f"nonfinite_step{step:07d}_rank{rank}.json"
+        path.write_text(json.dumps({"step": step, "rank": rank, "loss": str(value), "keys": keys}, indent=1) + "\n")
+        raise NonFiniteLossError(
+            f"the loss of step {step} is {value}; the keys of its batch are in {path}. The last checkpoint is from "
+            "before: go on from it with a lower learning rate, gradient clipping or bf16 in place of fp16"
+        )
+
+
+def autocast(device: torch.device, config: TrainerConfig) -> torch.autocast:
+    """The context of a forward pass."""
+    return torch.autocast(device.type, _DTYPES.get(config.precision), enabled=config.precision != "fp32")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without what distributed training puts around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,0 +1,237 @@
+"""The training loop: epochs of optimizer steps, evaluation, logs and checkpoints, on one device or many.
+
+    trainer = Trainer(model, TrainerConfig(), "runs/mine", batch_size=128)
+    trainer.fit(loader, validation_loader)
+
+A run is a function of its configuration, its batches and the number of ranks: on the CPU one that was killed and goes
+on computes bit for bit what it would have computed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokenlabels.trainer.batches import EvaluationBatch, TrainingBatch, num_batches, pass_over
+from tokenlabels.trainer.checkpoint import BEST_FILE, LAST_FILE, save_checkpoint
+from tokenlabels.trainer.checks import check_batch
+from tokenlabels.trainer.config import TrainerConfig
+from tokenlabels.trainer.display import Display, Throughput
+from tokenlabels.trainer.evaluation import Accuracy, RealLabels, evaluate
+from tokenlabels.trainer.logs import RunLog
+from tokenlabels.trainer.optimizer import make_optimizer, make_schedule
+from tokenlabels.trainer.ranks import (
+    StopRequest,
+    broadcast_buffers,
+    rank_and_world_size,
+    stop_on_sigterm,
+    sum_over_ranks,
+)
+from tokenlabels.trainer.state import Progress, RunState
+from tokenlabels.trainer.step import LossGuard, OptimizerStep, autocast
+
+
+class TrainingStoppedError(Exception):
+    """SIGTERM was received, and the run is saved; the message says where."""
+
+
+class Trainer:
+    """Trains one model.
+
+    Args:
+        model: on its device. With token labels it returns (image logits, token logits) in training, otherwise image
+            logits; in evaluation image logits, or a pair that begins with them.
+        config: see there.
+        folder: of the run: checkpoints (last.pt, best.pt) and logs (steps.jsonl, epochs.csv).
+        batch_size: samples per batch of this rank; the learning rate follows from it.
+        description: plain values that are kept in the checkpoints, such as the configuration of the whole run.
+
+    Attributes:
+        state: model, average of weights, optimizer and progress.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainerConfig,
+        folder: str | Path,
+        *,
+        batch_size: int,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.folder = config, Path(folder)
+        self.device = next(model.parameters()).device
+        self._rank, self._world_size = rank_and_world_size()
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(model, config.optimizer, batch_size * self._world_size * config.accumulate)
+        self._schedule = make_schedule(optimizer, config.schedule)
+        ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
+        if config.compile:
+            model.compile()
+        wrapped = DistributedDataParallel(model) if self._world_size > 1 else model
+        self._step = OptimizerStep(wrapped, optimizer, config, ema)
+        self.state = RunState(model, ema, optimizer, self._step.scaler, config, dict(description or {}))
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run is."""
+        return self.state.progress
+
+    def fit(
+        self,
+        train: Iterable[TrainingBatch],
+        val: Iterable[EvaluationBatch] | None = None,
+        *,
+        resume: str | Path = "never",
+        real: RealLabels | None = None,
+    ) -> Accuracy | None:
+        """Train up to the last epoch of the schedule.
+
+        Args:
+            train: an iterable with a length that gives an epoch of batches per pass. If it has ``set_epoch``, it is
+                told the epoch; if it has ``state_dict`` and ``load_state_dict``, its place is saved and taken up again,
+                otherwise it is run through to that place.
+            val: to evaluate on after every epoch, the average of weights too.
+            resume: "never" begins, and refuses a folder with a run in it; "auto" goes on with that run if there is one;
+                a path goes on from that checkpoint.
+            real: ImageNet-ReaL labels of `val`.
+
+        Returns:
+            Accuracy after the last epoch, the better of the model and its average; None without `val` and where
+            nothing was left to do.
+
+        Raises:
+            ValueError: the folder, the checkpoint, the batches or the model do not fit; before the first step.
+            NonFiniteLossError: the loss is not finite any more.
+            TrainingStoppedError: SIGTERM was received.
+        """
+        num_batches(train)
+        self._go_on(train, resume)
+        accuracy = None
+        with ExitStack() as stack:
+            stop = stack.enter_context(stop_on_sigterm())
+            display = stack.enter_context(Display(self._rank == 0))
+            log = None
+            if self._rank == 0:
+                log = stack.enter_context(RunLog(self.folder, step=self.progress.step, epoch=self.progress.epoch))
+            while self.progress.epoch < self.config.schedule.epochs:
+                self._train_epoch(train, stop, log, display)
+                accuracy = self._end_epoch(train, val, real, log, display)
+        return accuracy
+
+    def _go_on(self, train: Iterable[object], resume: str | Path) -> None:
+        last = self.folder / LAST_FILE
+        if resume == "never":
+            if last.exists():
+                raise ValueError(
+                    f"{self.folder} holds a run already; go on with it (--resume auto), or begin in another folder"
+                )
+        elif resume != "auto" or last.exists():
+            self.state.restore(last if resume == "auto" else Path(resume), train)
+
+    def _train_epoch(
+        self, train: Iterable[TrainingBatch], stop: StopRequest, log: RunLog | None, display: Display
+    ) -> None:
+        progress, config = self.progress, self.config
+        progress.num_batches = num_batches(train)
+        display.begin(f"epoch {progress.epoch + 1}/{config.schedule.epochs}", progress.num_batches, progress.batch)
+        guard, speed = LossGuard(self.folder), Throughput()
+        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
+        self._step.model.train()
+        for batches in self._groups(pass_over(train, progress.epoch, progress.batch)):
+            self._schedule.step(progress.time)  # type: ignore[arg-type]
+            loss = self._step(batches, progress.step)
+            progress.advance(len(batches))
+            loss_sum += loss
+            guard.watch(loss, batches, progress.step)
+            speed.count(sum(len(batch.images) for batch in batches) * self._world_size)
+            is_due = progress.step % config.log_every == 0
+            if is_due:
+                self._log_step(loss, speed, log, display)
+            display.advance(len(batches))
+            is_stopped = stop.is_agreed(self.device, is_due=is_due)
+            if is_stopped or progress.step % config.save_every == 0:
+                guard.check()
+                progress.loss_sum = self._mean_over_ranks(loss_sum)
+                self.state.save(self.folder / LAST_FILE, train)
+            if is_stopped:
+                raise TrainingStoppedError(
+                    f"stopped by SIGTERM after step {progress.step}, in epoch {progress.epoch + 1}; all of it is saved "
+                    f"in {self.folder / LAST_FILE}, and --resume auto goes on from there"
+                )
+        guard.check()
+        progress.loss_sum = self._mean_over_ranks(loss_sum)
+
+    def _groups(self, batches: Iterator[Any]) -> Iterator[list[TrainingBatch]]:
+        """The batches of one optimizer step after the other; the last step of an epoch may have fewer."""
+        is_first = True
+        while group := list(islice(batches, self.config.accumulate)):
+            placed = [batch if batch.images.device == self.device else batch.to(self.device) for batch in group]
+            if is_first:
+                check_batch(self.state.model, placed[0], self.config)
+            is_first = False
+            yield placed
+
+    def _mean_over_ranks(self, value: Tensor) -> float:
+        return float(sum_over_ranks(value.clone())) / self._world_size
+
+    def _log_step(self, loss: Tensor, speed: Throughput, log: RunLog | None, display: Display) -> None:
+        row = {
+            "step": self.progress.step,
+            "epoch": self.progress.time,
+            "loss": self._mean_over_ranks(loss),
+            "lr": self.state.optimizer.param_groups[0]["lr"],
+            "images_per_second": speed.lap(),
+        }
+        display.show(f"loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['images_per_second']:.0f} images/s")
+        if log is not None:
+            log.step(row)
+
+    def _end_epoch(
+        self,
+        train: Iterable[object],
+        val: Iterable[EvaluationBatch] | None,
+        real: RealLabels | None,
+        log: RunLog | None,
+        display: Display,
+    ) -> Accuracy | None:
+        state, progress = self.state, self.progress
+        models = {"": state.model} | ({} if state.ema is None else {"ema_": state.ema.module})
+        found: dict[str, Accuracy] = {}
+        if val is not None:
+            display.begin("evaluating", 1, 0)
+            found = {name: self._evaluate(model, val, real) for name, model in models.items()}
+        row = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "train_loss": progress.loss_sum / max(progress.num_losses, 1),
+        }
+        for name in ("", "ema_"):
+            for figure in ("top1", "top5", "real_top1"):
+                row[name + figure] = getattr(found.get(name), figure, None)
+        shown = "".join(f"; {'average of weights ' if name else ''}{accuracy}" for name, accuracy in found.items())
+        display.line(f"epoch {row['epoch']}: loss {row['train_loss']:.4f}{shown}")
+        if log is not None:
+            log.epoch(row, step=progress.step)
+        best = max(found, key=lambda name: found[name].top1, default=None)
+        is_best = best is not None and found[best].top1 > progress.best_top1
+        if best is not None and is_best:
+            progress.best_top1 = found[best].top1
+        progress.end_epoch()
+        state.save(self.folder / LAST_FILE, train)
+        if best is not None and is_best and self._rank == 0:
+            content = {"state_dict": models[best].state_dict(), "epoch": progress.epoch, "top1": progress.best_top1}
+            save_checkpoint(self.folder / BEST_FILE, content | {"description": dict(state.description)})
+        return None if best is None else found[best]
+
+    def _evaluate(self, model: nn.Module, val: Iterable[EvaluationBatch], real: RealLabels | None) -> Accuracy:
+        broadcast_buffers(model)
+        return evaluate(model, val, autocast=autocast(self.device, self.config), real=real)
