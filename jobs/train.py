@@ -10,11 +10,9 @@ from jobs.build import batch_size_per_rank, build_run
 from jobs.config import RunConfig
 from jobs.overrides import as_dict, differences, from_dict
 from jobs.preflight import check_run
-from tokenlabels.files import replace_file
 from tokenlabels.trainer import Accuracy, RealLabels, Trainer
-from tokenlabels.trainer.ranks import join_ranks, leave_ranks, rank_and_world_size
-
-CONFIG_FILE = "config.json"
+from tokenlabels.trainer.checkpoint import CONFIG_FILE
+from tokenlabels.trainer.ranks import join_ranks, leave_ranks
 
 # Where things lie and how fast they are read: a run that goes on may find them elsewhere.
 _FREE_TO_CHANGE = (
@@ -48,12 +46,9 @@ def train(config: RunConfig, out: Path, *, resume: str = "never", device: str = 
     try:
         run = build_run(config, chosen)
         check_run(run, config)
-        description = as_dict(config)
         trainer = Trainer(
-            run.model, config.trainer, out, batch_size=batch_size_per_rank(config), description=description
+            run.model, config.trainer, out, batch_size=batch_size_per_rank(config), description=as_dict(config)
         )
-        if rank_and_world_size()[0] == 0:
-            replace_file(out / CONFIG_FILE, (json.dumps(description, indent=1) + "\n").encode())
         real = None if config.data.real is None else RealLabels(config.data.real)
         return trainer.fit(run.train, run.val, resume=resume, real=real)
     finally:

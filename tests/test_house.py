@@ -74,6 +74,11 @@ def test_the_command_line_imports_other_packages_inside_commands_only() -> None:
             "ray zarr webdataset pydantic timm torchvision PIL",
             id="the maths",
         ),
+        pytest.param(
+            "tokenlabels.models, tokenlabels.models.lvvit, tokenlabels.models.dense, tokenlabels.trainer",
+            "ray zarr webdataset pydantic",
+            id="models and trainer",
+        ),
         pytest.param("annotate.teachers", "ray zarr webdataset pydantic", id="teachers"),
         pytest.param("tokenlabels.store, annotate.shard", "ray webdataset", id="one shard"),
         pytest.param("tokenlabels.cli", "ray zarr webdataset torch timm", id="the command line"),

@@ -1,4 +1,4 @@
-"""What the README shows, runs."""
+"""What the README and docs/training.md show, runs."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,12 @@ from annotate.bench_store import simulate_maps, write_simulated
 from tests.loaders.photos import write_photos
 from tokenlabels.mixing import MixPlan
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
 
 
-def python_blocks(containing: str) -> list[str]:
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+def python_blocks(containing: str, page: Path = README) -> list[str]:
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return [block for block in blocks if containing in block]
 
 
@@ -65,3 +66,22 @@ def test_training_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert names["loss"].isfinite()
     names["loss"].backward()
     assert head.weight.grad is not None
+
+
+def test_models_and_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of docs/training.md, one after the other, with small tars."""
+    photos = write_photos(tmp_path, (9, 4), num_classes=10)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"tars": photos.tars, "labels": photos.labels}
+    models, loop = python_blocks("", TRAINING)
+    exec(models, names)
+    assert [tuple(names[name].shape) for name in ("logits", "image_logits", "token_logits")] == [
+        (2, 10),
+        (2, 10),
+        (2, 49, 10),
+    ]
+    assert type(names["plain"]).__name__ == "SwinTransformer"
+    assert [tuple(map_.shape) for map_ in names["maps"]] == [(1, 240, 4, 4)] * 3
+    exec(loop, names)
+    assert names["accuracy"].num_images == 13
+    assert Path("runs/mine/last.pt").exists()

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -74,6 +74,25 @@ def bench_targets(
         typer.echo(measure(num_images, num_distinct, rounds=rounds))
     if label_sets:
         typer.echo(distinct_classes(label_sets))
+
+
+@bench.command("train")
+@show_user_errors
+def bench_train(
+    model: Annotated[str, typer.Option(help="An LV-ViT: lvvit_t, s, m or l.")] = "lvvit_s",
+    batch_size: Annotated[int, typer.Option(help="Images of a step.", min=2)] = 8,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the forward pass.")] = "fp32",
+    steps: Annotated[int, typer.Option(help="Steps of a round.", min=1)] = 3,
+    device: DeviceOption = "auto",
+    rounds: Rounds = 5,
+) -> None:
+    """A training step with token labels and MixToken against hard labels; the trainer against a bare loop."""
+    with needs_checkout("the steps to compare with"):
+        from jobs.bench.train import bench_labels, bench_trainer
+    from tokenlabels.trainer.ranks import join_ranks
+
+    for measure in (bench_labels, bench_trainer):
+        typer.echo(measure(model, batch_size, join_ranks(device), precision=precision, steps=steps, rounds=rounds))
 
 
 @bench.command("loader")

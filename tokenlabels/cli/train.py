@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tokenlabels.cli.annotate import run_with_progress
 from tokenlabels.cli.common import FOUND, DeviceOption, fail, needs_checkout, show_user_errors
@@ -103,7 +102,6 @@ def _demo_config(config: "RunConfig") -> "RunConfig":
 def _list_recipes() -> None:
     from jobs.recipes import RECIPES
 
-    table = Table(box=None, show_header=False)
+    width = max(map(len, RECIPES))
     for name, recipe in RECIPES.items():
-        table.add_row(name, (recipe.__doc__ or "").partition("\n")[0])
-    Console().print(table)
+        typer.echo(f"{name:<{width}}  {(recipe.__doc__ or '').partition(chr(10))[0]}")

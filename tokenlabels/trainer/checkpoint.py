@@ -16,7 +16,7 @@ import torch
 
 from tokenlabels.files import remove_temporaries, replace_file
 
-LAST_FILE, BEST_FILE = "last.pt", "best.pt"
+LAST_FILE, BEST_FILE, CONFIG_FILE = "last.pt", "best.pt", "config.json"
 _FORMAT = 1
 
 

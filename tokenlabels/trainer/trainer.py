@@ -7,8 +7,10 @@ A run is a function of its configuration, its batches and the number of ranks: o
 on computes bit for bit what it would have computed.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tokenlabels.files import replace_file
 from tokenlabels.trainer.batches import EvaluationBatch, TrainingBatch, num_batches, pass_over
-from tokenlabels.trainer.checkpoint import BEST_FILE, LAST_FILE, save_checkpoint
+from tokenlabels.trainer.checkpoint import BEST_FILE, CONFIG_FILE, LAST_FILE, save_checkpoint
 from tokenlabels.trainer.checks import check_batch
 from tokenlabels.trainer.config import TrainerConfig
 from tokenlabels.trainer.display import Display, Throughput
@@ -48,9 +51,10 @@ class Trainer:
         model: on its device. With token labels it returns (image logits, token logits) in training, otherwise image
             logits; in evaluation image logits, or a pair that begins with them.
         config: see there.
-        folder: of the run: checkpoints (last.pt, best.pt) and logs (steps.jsonl, epochs.csv).
+        folder: of the run: checkpoints (last.pt, best.pt), config.json, logs (steps.jsonl, epochs.csv).
         batch_size: samples per batch of this rank; the learning rate follows from it.
-        description: plain values that are kept in the checkpoints, such as the configuration of the whole run.
+        description: what JSON can hold, kept in config.json and the checkpoints: the configuration of the whole run.
+            None is `config` alone.
 
     Attributes:
         state: model, average of weights, optimizer and progress.
@@ -77,7 +81,8 @@ class Trainer:
             model.compile()
         wrapped = DistributedDataParallel(model) if self._world_size > 1 else model
         self._step = OptimizerStep(wrapped, optimizer, config, ema)
-        self.state = RunState(model, ema, optimizer, self._step.scaler, config, dict(description or {}))
+        described = asdict(config) if description is None else dict(description)
+        self.state = RunState(model, ema, optimizer, self._step.scaler, config, described)
 
     @property
     def progress(self) -> Progress:
@@ -120,6 +125,9 @@ class Trainer:
             display = stack.enter_context(Display(self._rank == 0))
             log = None
             if self._rank == 0:
+                if self.progress.step == 0:
+                    described = json.dumps(self.state.description, indent=1) + "\n"
+                    replace_file(self.folder / CONFIG_FILE, described.encode())
                 log = stack.enter_context(RunLog(self.folder, step=self.progress.step, epoch=self.progress.epoch))
             while self.progress.epoch < self.config.schedule.epochs:
                 self._train_epoch(train, stop, log, display)

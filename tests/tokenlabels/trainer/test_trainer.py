@@ -87,7 +87,13 @@ def test_a_run_is_a_bare_loop(make_model: MakeModel, make_config: MakeConfig, tm
 
 def test_what_a_run_leaves(make_model: MakeModel, make_config: MakeConfig, tmp_path: Path) -> None:
     trainer = trained(make_model(), make_config(), tmp_path, Batches(), val=[make_batch(7, 8), make_batch(8, 3)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "epochs.csv", "last.pt", "steps.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.pt",
+        "config.json",
+        "epochs.csv",
+        "last.pt",
+        "steps.jsonl",
+    ]
     assert [row["step"] for row in rows(tmp_path)] == list(range(2, 19, 2))
     assert rows(tmp_path)[-1]["epoch"] == 3
     table = epochs(tmp_path)
