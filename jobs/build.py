@@ -1,5 +1,6 @@
 """From a `RunConfig` to the model and the loaders that it names."""
 
+import os
 from dataclasses import dataclass
 
 import timm
@@ -10,7 +11,7 @@ from torch import nn
 import tokenlabels.models  # noqa: F401 - registers LV-ViT
 from jobs.config import RunConfig
 from loaders import EvaluationLoader, TokenLabelLoader
-from loaders.options import PATCH_SIZE_PX
+from loaders.options import PATCH_SIZE_PX, num_threads
 from tokenlabels.models import DenseClassifier, LVViT, load_checkpoint
 from tokenlabels.store import LabelStore, open_store
 from tokenlabels.trainer.ranks import rank_and_world_size
@@ -148,7 +149,7 @@ def _train_loader(
         mean=pixels["mean"],
         std=pixels["std"],
         device=device,
-        threads=data.threads,
+        threads=_threads(config),
         index_dir=data.index_dir,
     )
 
@@ -166,9 +167,15 @@ def _val_loader(config: RunConfig, model: nn.Module, device: torch.device) -> Ev
         mean=pixels["mean"],
         std=pixels["std"],
         device=device,
-        threads=data.threads,
+        threads=_threads(config),
         index_dir=data.index_dir,
     )
+
+
+def _threads(config: RunConfig) -> int:
+    if config.data.threads is not None:
+        return config.data.threads
+    return max(1, num_threads(None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _described(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tokenlabels.checks import check_choice, check_count
+from tokenlabels.checks import check_choice, check_count, check_share
 from tokenlabels.trainer.config import TrainerConfig
 
 Supervision = Literal["token", "relabel", "hard"]
@@ -27,6 +27,10 @@ class ModelConfig:
     drop_path: float = 0.1
     init: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_count("model.image_size", self.image_size)
+        check_share("model.drop_path", self.drop_path)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class DataConfig:
         crop_pct: of evaluation; None takes the model's own.
         min_agreement: share of the first images whose label map names the image's own class, below which the run is
             refused: such labels are of other classes. None asks for a tenth of the way from chance to all.
-        threads: that read and decode, per rank; None is one per core.
+        threads: that read and decode, per rank; None shares out the cores of a machine among its ranks.
         index_dir: where indexes of tars are kept; None is beside them.
     """
 
@@ -81,6 +85,8 @@ class DataConfig:
         if self.mix is not None:
             check_choice("data.mix", self.mix, Mix)
         check_count("data.batch_size", self.batch_size)
+        if self.min_agreement is not None:
+            check_share("data.min_agreement", self.min_agreement)
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,9 @@ def _readings(text: str) -> Iterator[Any]:
     """Whatever a text may stand for: a word, a literal, itself, several literals or texts with commas between them."""
     if text.lower() in WORDS:
         yield WORDS[text.lower()]
+    if text.lower() in ("", "none", "null"):
+        yield None
+        yield ()
     yield from _literals(text)
     yield text
     yield from _literals(f"({text},)")

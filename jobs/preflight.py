@@ -4,7 +4,9 @@ Three things are compared: the names of classes where both sides have names, wha
 the classes of those images, and the classes of the validation images with those of the model.
 """
 
+from collections.abc import Sequence
 from itertools import zip_longest
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ from loaders.dataset import DataShard, FolderDataShard, ImageDataset
 from tokenlabels.store import LabelStore, ShardReader
 from tokenlabels.summary import image_level_class
 from tokenlabels.trainer.evaluation import RealLabels
+
+Item = TypeVar("Item")
 
 NUM_SAMPLES, MAX_SHARDS = 2000, 16
 _WAY_TO_ALL = 0.1
@@ -33,6 +37,7 @@ def check_run(run: Run, config: RunConfig) -> None:
             _check_agreement(run.store, images, config.data.min_agreement)
     num_classes = run.train.num_classes
     assert num_classes is not None, "a run has targets"
+    _check_highest("training", _spread(images.shards), num_classes)
     if val is None:
         if config.data.real is not None:
             raise ValueError("ReaL labels (--real) are of validation images; name them (--val)")
@@ -50,11 +55,17 @@ def agreement(store: LabelStore, images: ImageDataset) -> tuple[float, int]:
     """
     label_shards = {shard.stem: shard for shard in store.shards}
     pairs = [(shard, label_shards[shard.stem]) for shard in images.shards if shard.stem in label_shards]
-    places = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), MAX_SHARDS)).round().astype(int)).tolist()
-    num_each = -(-NUM_SAMPLES // max(len(places), 1))
-    agrees = [_agrees(images_of, labels_of, num_each) for images_of, labels_of in (pairs[place] for place in places)]
+    looked_at = _spread(pairs)
+    num_each = -(-NUM_SAMPLES // max(len(looked_at), 1))
+    agrees = [_agrees(images_of, labels_of, num_each) for images_of, labels_of in looked_at]
     together = np.concatenate(agrees) if agrees else np.zeros(0, np.bool_)
     return float(together.mean()) if len(together) else 1.0, len(together)
+
+
+def _spread(items: Sequence[Item]) -> list[Item]:
+    """Up to 16 of them, evenly from the first to the last."""
+    places = np.linspace(0, len(items) - 1, min(len(items), MAX_SHARDS)).round().astype(int)
+    return [items[place] for place in np.unique(places).tolist()]
 
 
 def _agrees(images: DataShard, labels: ShardReader, num_samples: int) -> NDArray[np.bool_]:
@@ -102,19 +113,32 @@ def _check_val(images: ImageDataset, val: ImageDataset, num_classes: int) -> Non
             f"training has {len(train_folders)} class folders and validation {len(val_folders)}, so that their numbers "
             f"differ: {', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} in one of them only; give both all"
         )
-    highest = max((int(shard.index().labels.max(initial=-1)) for shard in val.shards), default=-1)
-    if highest < 0:
+    if _check_highest("validation", val.shards, num_classes) < 0:
         raise ValueError(f"{val.shards[0].path}: the validation images have no classes, so there is no accuracy")
+
+
+def _check_highest(what: str, shards: Sequence[DataShard], num_classes: int) -> int:
+    highest = max((int(shard.index().labels.max(initial=-1)) for shard in shards), default=-1)
     if highest >= num_classes:
         raise ValueError(
-            f"the validation images have class {highest}, but the model has the classes 0..{num_classes - 1}: another "
-            "data set? Give validation images of the training classes"
+            f"the {what} images have class {highest}, but the model has the classes 0..{num_classes - 1}: another data "
+            "set, or another number of classes?"
         )
+    return highest
 
 
 def class_folders(images: ImageDataset) -> list[str] | None:
     """Names of the class folders of a tree, in the order of their numbers; None for tars."""
     if not all(isinstance(shard, FolderDataShard) for shard in images.shards):
         return None
-    by_label = {shard.shard.label: shard.path for shard in images.shards if isinstance(shard, FolderDataShard)}
-    return [by_label[label].rpartition("/")[2] for label in sorted(by_label)]
+    names: dict[int, str] = {}
+    for shard in images.shards:
+        assert isinstance(shard, FolderDataShard)
+        name = shard.path.rpartition("/")[2]
+        first = names.setdefault(shard.shard.label, name)
+        if first != name:
+            raise ValueError(
+                f"{shard.path}: class {shard.shard.label} is {name!r} here and {first!r} in another tree; trees that "
+                "are used together need the same class folders"
+            )
+    return [names[label] for label in sorted(names)]

@@ -129,6 +129,24 @@ def lvvit_l() -> RunConfig:
 
 
 @_fine_tuning
+def lvvit_t_384() -> RunConfig:
+    """LV-ViT-T fine-tuned at 384 px."""
+    return _fine_tuned(lvvit_t(), 384)
+
+
+@_fine_tuning
+def lvvit_t_448() -> RunConfig:
+    """LV-ViT-T fine-tuned at 448 px."""
+    return _fine_tuned(lvvit_t(), 448)
+
+
+@_fine_tuning
+def lvvit_t_512() -> RunConfig:
+    """LV-ViT-T fine-tuned at 512 px."""
+    return _fine_tuned(lvvit_t(), 512)
+
+
+@_fine_tuning
 def lvvit_s_384() -> RunConfig:
     """LV-ViT-S fine-tuned at 384 px: 84.4 (Table 4)."""
     return _fine_tuned(lvvit_s(), 384)

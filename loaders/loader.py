@@ -198,7 +198,7 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         Without calls of this, every finished pass goes on with the next epoch.
         """
         check_epoch(epoch)
-        if epoch != self._epoch and self._resumed:
+        if epoch != self._epoch and self._resumed and self._batch < len(self._plan()):
             logger.warning(
                 "epoch %d is begun, and the loaded place in epoch %d, batch %d, given up; to go on from there, begin "
                 "the loop over epochs at state_dict()['epoch']",

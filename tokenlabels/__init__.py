@@ -10,11 +10,14 @@ sparse_targets.py  TokenTargets, the value that comes out
 mixing.py          MixPlan: MixToken, CutMix, MixUp and patches, for images and targets (with masks.py)
 losses.py          the token-labelling loss (with cross_entropy.py)
 checks.py          what the maths asks of tensors; precision.py keeps it in full precision
+models/            LV-ViT, and token classifiers for any timm model
+trainer/           the training loop
 tars.py            WebDataset tars: one header scan into keys, offsets and sizes
 images/            image shards, tars and ImageFolder trees alike, and decoding them
 store/             label sets on disk: schema, writer, reader, verification
 summary.py         what `tokenlabels inspect` prints
 views.py           pictures of labels, for files and terminals
+files.py           durable steps on a file system; differences.py says what two records differ in
 doctor.py          what `tokenlabels doctor` prints
 measure.py         how the benchmarks measure
 cli/               the command line

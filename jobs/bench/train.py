@@ -92,7 +92,7 @@ def bench_labels(
     def side(model: nn.Module, make_batch: Callable[[], _Batch]) -> Callable[[], None]:
         model = model.to(device).train()
         step = OptimizerStep(model, make_optimizer(model, config.optimizer, batch_size), config, None)
-        return partial(_run, lambda number: step([make_batch()], number), steps, device)
+        return partial(_run, lambda number: step([make_batch()], 1, number), steps, device)
 
     return interleave(
         f"{name}: step with token labels / with hard labels",

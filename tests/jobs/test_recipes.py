@@ -68,7 +68,7 @@ TABLES: dict[str, dict[str, Row]] = {
     "Table 1": {"lvvit_t": Row("lvvit_t"), "lvvit_s": S, "lvvit_m": M, "lvvit_l": L},
     "Table 4": {
         f"lvvit_{letter}_{size}": fine_tuned(row, size)
-        for letter, row in (("s", S), ("m", M), ("l", L))
+        for letter, row in (("t", Row("lvvit_t")), ("s", S), ("m", M), ("l", L))
         for size in (384, 448, 512)
     },
     "Table 2": {

@@ -69,6 +69,27 @@ def test_a_run_goes_on_with_its_own_settings(make_run: MakeRun, tmp_path: Path) 
     assert from_dict(json.loads(before)) == make_run()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loader_s_place_at_the_end_of_an_epoch(
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accumulate: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Five batches per epoch, interrupted in the first evaluation: the epoch is not trained again."""
+    settings = (f"trainer.accumulate={accumulate}", f"data.batch_size={4 * accumulate}", "trainer.save_every=1")
+    config = make_run("lvvit_t", *settings)
+    train(config, tmp_path / "whole", device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenlabels.trainer.trainer.evaluate", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            train(config, tmp_path / "cut", device="cpu")
+    train(config, tmp_path / "cut", resume="auto", device="cpu")
+    assert "given up" not in caplog.text
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_data_that_do_not_fit_leave_nothing(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name their own class"):
         train(make_run("lvvit_t", "data.min_agreement=none"), tmp_path / "run", device="cpu")

@@ -215,7 +215,8 @@ def test_mixing_is_the_plan_on_what_was_not_mixed(photos: Photos, mix: Mix, augm
         assert plain.targets is not None
         assert_same(batch.targets, batch.plan.mix_targets(plain.targets))
         expected = plain.images if mix == "mixtoken" else batch.plan.mix(plain.images)
-        assert_same(batch, replace(plain, images=expected, plan=batch.plan, targets=batch.targets))
+        changed = {"images": expected, "plan": batch.plan, "targets": batch.targets, "is_mixed": mix != "mixtoken"}
+        assert_same(batch, replace(plain, **changed))
 
 
 def test_no_sample_is_mixed_with_probability_0(photos: Photos) -> None:

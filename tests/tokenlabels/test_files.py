@@ -2,6 +2,7 @@ import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -22,6 +23,20 @@ def test_replaced_files_hold_the_new_content(tmp_path: Path) -> None:
         replace_file(path, content)
         assert path.read_bytes() == content
         assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+
+
+def test_content_can_be_written_by_a_function(tmp_path: Path) -> None:
+    replace_file(tmp_path / "record.bin", lambda file: file.write(b"as it comes"))
+    assert (tmp_path / "record.bin").read_bytes() == b"as it comes"
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half of")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        replace_file(tmp_path / "record.bin", fail)
+    assert [file.name for file in tmp_path.iterdir()] == ["record.bin"]
+    assert (tmp_path / "record.bin").read_bytes() == b"as it comes"
 
 
 def test_a_replaced_file_is_flushed_and_then_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """tokenlabels train: a student by a recipe, on tars with labels, or on the demo's scenes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,7 +70,6 @@ def train(
 def _run(recipe: str, config: "RunConfig", out: Path, resume: str, device: str) -> None:
     from jobs.recipes import needs_init
     from jobs.train import train as train_run
-    from tokenlabels.trainer import NonFiniteLossError, TrainingStoppedError
     from tokenlabels.trainer.checkpoint import LAST_FILE
 
     goes_on = resume not in ("never", "auto") or (resume == "auto" and (out / LAST_FILE).exists())
@@ -76,13 +77,22 @@ def _run(recipe: str, config: "RunConfig", out: Path, resume: str, device: str) 
         raise ValueError(f"{recipe} fine-tunes; give the checkpoint to begin with (--init)")
     if not config.data.images:
         raise ValueError("name the training images: --images 'imagenet1k-train-{0000..1023}.tar'; or try --demo")
-    try:
+    with show_stops():
         accuracy = train_run(config, out, resume=resume, device=device)
+    typer.echo(f"{out}: done{'' if accuracy is None else f', {accuracy}'}")
+
+
+@contextmanager
+def show_stops() -> Iterator[None]:
+    """Turn the ways in which training stops early into one line and an exit code."""
+    from tokenlabels.trainer import NonFiniteLossError, TrainingStoppedError
+
+    try:
+        yield
     except NonFiniteLossError as error:
         fail(str(error), FOUND)
     except TrainingStoppedError as error:
         fail(str(error), TERMINATED)
-    typer.echo(f"{out}: done{'' if accuracy is None else f', {accuracy}'}")
 
 
 def _demo_config(config: "RunConfig") -> "RunConfig":

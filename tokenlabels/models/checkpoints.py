@@ -20,8 +20,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True)
     """Load weights strictly: every tensor of the model from the file, and none left over.
 
     Takes a state dict or a training checkpoint (.pth, .pt, .pth.tar, .safetensors) with or without the ``module.`` of
-    distributed training. Position embeddings of another image size are resampled, bicubic and without antialiasing as
-    in the published fine-tuning; grids are taken to be square where the model does not say otherwise.
+    distributed training. Position embeddings of another image size are resampled, see `fit_positions`.
 
     Args:
         model: on any device.
@@ -32,11 +31,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True)
         CheckpointError: there is no such file, it holds no state dict, or one of another model or number of classes.
     """
     path = Path(path)
-    state = read_state_dict(path, use_ema=use_ema)
-    own = model.state_dict()
-    for name in own.keys() & state.keys():
-        if name.rpartition(".")[2] == "pos_embed" and own[name].shape != state[name].shape:
-            state[name] = _resampled(model.get_submodule(name.rpartition(".")[0]), state[name], path)
+    state = fit_positions(model, read_state_dict(path, use_ema=use_ema), str(path))
     load_strictly(model, state, source=str(path), name=type(model).__name__)
 
 
@@ -67,8 +62,25 @@ def read_state_dict(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
     return state
 
 
+def fit_positions(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The state dict with position embeddings of the model's size: bicubic, without antialiasing, as published.
+
+    A state dict does not say its grid. Another number of tokens than the model's is taken to be a square grid, the same
+    number to be the same grid.
+
+    Raises:
+        CheckpointError: another number of tokens that is no square.
+    """
+    own, fitted = model.state_dict(), dict(state)
+    for name in own.keys() & state.keys():
+        parent, _, last = name.rpartition(".")
+        if last == "pos_embed" and own[name].shape != state[name].shape:
+            fitted[name] = _resampled(model.get_submodule(parent), state[name], source)
+    return fitted
+
+
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str) -> None:
-    """``model.load_state_dict(state, strict=True)``, with a message that says what does not fit.
+    """``model.load_state_dict(state, strict=True)``, or a message that says what does not fit and an untouched model.
 
     Args:
         model: on any device.
@@ -78,26 +90,25 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str,
     Raises:
         CheckpointError: the state is of another model, or of another number of classes.
     """
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        own = model.state_dict()
-        findings = {
-            "missing": [name for name in own if name not in state],
-            "not of this model": [name for name in state if name not in own],
-            "of another shape": [_shapes(name, state, own) for name in own if _differ(name, state, own)],
-        }
-        shown = "; ".join(f"{len(names)} tensors {what} ({_few(names)})" for what, names in findings.items() if names)
-        raise CheckpointError(f"{source} does not fit {name}: {_classes(model, state)}{shown or error}") from error
+    own = model.state_dict()
+    findings = {
+        "missing": [name for name in own if name not in state],
+        "not of this model": [name for name in state if name not in own],
+        "of another shape": [_shapes(name, state, own) for name in own if _differ(name, state, own)],
+    }
+    shown = "; ".join(f"{len(names)} tensors {what} ({_few(names)})" for what, names in findings.items() if names)
+    if shown:  # asked before: torch would copy what fits, and then raise
+        raise CheckpointError(f"{source} does not fit {name}: {_classes(model, state)}{shown}")
+    model.load_state_dict(state, strict=True)
 
 
-def _resampled(embedded: nn.Module, positions: Tensor, path: Path) -> Tensor:
+def _resampled(embedded: nn.Module, positions: Tensor, source: str) -> Tensor:
     prefix = 0 if getattr(embedded, "no_embed_class", False) else getattr(embedded, "num_prefix_tokens", 0)
     grid = getattr(getattr(embedded, "patch_embed", None), "grid_size", None)
     num_tokens = positions.shape[1] - prefix if positions.ndim == 3 else -1
     if grid is None or num_tokens < 1 or round(num_tokens**0.5) ** 2 != num_tokens:
         raise CheckpointError(
-            f"{path}: its position embedding {list(positions.shape)} is of another size and of no square grid, and "
+            f"{source}: its position embedding {list(positions.shape)} is of another size and of no square grid, and "
             "cannot be resampled; build the model for images of the checkpoint's size"
         )
     resampled: Tensor = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix, antialias=False)

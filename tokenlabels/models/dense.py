@@ -30,16 +30,19 @@ class DenseClassifier(nn.Module):
 
     Args:
         model: an image classifier of timm with spatial features, on its device. It is not copied.
-        image_size: pixels of the images to come, (height, width), or the side of a square. None takes the size that the
-            model is built for.
+        image_size: pixels of the images to come, (height, width), or the side of a square. None takes that of its patch
+            embedding, or else of its timm configuration.
 
     Attributes:
         model: the model. Its part of the state dict is its own, below ``model.``, so that ``dense.model.state_dict()``
-            is the trained student.
+            is the trained student. Its patch embedding has a forward hook, which does nothing outside of
+            ``dense(images, plan)``.
         aux_head: the classifier of tokens, linear C -> K.
         grid: rows and columns of tokens, (h, w): what loaders and targets need.
         image_size: (height, width).
         num_classes: K.
+
+    Several threads must not call one instance at the same time: the plan reaches the hook by an attribute.
 
     Raises:
         ValueError: the model has no classifier, takes no images of this size, its features have no positions or an
@@ -55,13 +58,15 @@ class DenseClassifier(nn.Module):
         self.image_size = _image_size(model, name, image_size)
         self.model = model
         embedding = find_patch_embedding(model)
-        with _evaluating(model), torch.no_grad(), _calls_of(embedding) as calls:
+        parameter = next(model.parameters())
+        full_precision = torch.autocast(parameter.device.type, enabled=False)
+        with _evaluating(model), torch.no_grad(), full_precision, _calls_of(embedding) as calls:
             features = probe_features(model, name, self.image_size)
             self.format = feature_format(model, name, features, self.image_size)
             self.grid = self.format.grid
             self._hook, self._why_no_mixing = _plan_hook(embedding, calls, self.grid)
         self.aux_head = nn.Linear(
-            self.format.num_channels, self.num_classes, device=features.device, dtype=features.dtype
+            self.format.num_channels, self.num_classes, device=parameter.device, dtype=parameter.dtype
         )
         trunc_normal_(self.aux_head.weight, std=0.02)
         nn.init.zeros_(self.aux_head.bias)
@@ -80,7 +85,7 @@ class DenseClassifier(nn.Module):
         if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
             height, width = self.image_size
             raise ValueError(
-                f"images must be [B, 3, {height}, {width}], got {describe(images)}; resize them, or build "
+                f"images must be [B, C, {height}, {width}], got {describe(images)}; resize them, or build "
                 "DenseClassifier(model, image_size) for their size"
             )
         features = self._features(images, plan)
@@ -132,8 +137,14 @@ class DenseClassifier(nn.Module):
         self._hook.plan = plan
         try:
             features = self.model.forward_features(images)  # type: ignore[operator]
+            is_mixed = self._hook.plan is None
         finally:
             self._hook.plan = None
+        if not is_mixed:
+            raise ValueError(
+                f"{self._name}'s patch embedding is another module than when DenseClassifier was built, and nothing "
+                "was mixed; build DenseClassifier after such changes"
+            )
         return features
 
 
@@ -160,7 +171,7 @@ def _plan_hook(
         grid: of the model's tokens.
     """
     if embedding is None:
-        return None, "it has no patch embedding"
+        return None, "it has no patch embedding (patch_embed, patch_embeds or stem)"
     if not calls:
         return None, "it does not use its patch embedding"
     try:

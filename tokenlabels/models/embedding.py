@@ -59,10 +59,14 @@ def mix_embedding(plan: MixPlan, embedding: Tensor, layout: Layout, grid: Grid) 
 
 
 def find_patch_embedding(model: nn.Module) -> nn.Module | None:
-    """The patch embedding of a timm model: its `patch_embed`, or its `stem` where that is one (MLP-Mixer)."""
+    """The patch embedding of a timm model: its `patch_embed`, the first of its `patch_embeds` (Twins), or its `stem`
+    where that is one (MLP-Mixer)."""
     embedding, stem = getattr(model, "patch_embed", None), getattr(model, "stem", None)
     if isinstance(embedding, nn.Module):
         return embedding
+    stages = getattr(model, "patch_embeds", None)
+    if isinstance(stages, nn.ModuleList) and len(stages):
+        return stages[0]
     return stem if isinstance(stem, PatchEmbed) else None
 
 
@@ -91,13 +95,13 @@ def embedding_format(embedding: nn.Module, images: Tensor, output: object) -> Fe
 
 
 class PlanHook:
-    """A forward hook that mixes the output of a patch embedding while it has a plan.
+    """A forward hook that mixes the output of a patch embedding if it was given a plan.
 
     It stays registered: `torch.compile` traces it, and a hook that came and went would make it compile again.
 
     Attributes:
         format: of the output.
-        plan: or None, which leaves the output alone.
+        plan: for the next output alone; None leaves it as it is.
     """
 
     def __init__(self, embedding_format: FeatureFormat) -> None:
@@ -106,9 +110,10 @@ class PlanHook:
 
     def __call__(self, _embedding: nn.Module, _args: object, output: Any) -> Any:
         """What torch calls behind the embedding. Some return a tuple, the tokens and their grid."""
-        if self.plan is None:
+        plan, self.plan = self.plan, None  # which tells that it was used
+        if plan is None:
             return output
-        mixed = mix_embedding(self.plan, _tokens(output), self.format.layout, self.format.grid)
+        mixed = mix_embedding(plan, _tokens(output), self.format.layout, self.format.grid)
         return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
 
 
@@ -124,6 +129,8 @@ def _channels_are_last(embedding: nn.Module, images: Tensor, tokens: Tensor) -> 
 
     A corner of the image is changed: that shows in every channel, but not at every position.
     """
+    if tokens.is_meta:
+        raise ValueError("the layout of its output cannot be told on the meta device")
     height, width = (max(1, side // _CORNER) for side in images.shape[2:])
     changed = images.clone()
     changed[:, :, :height, :width] += 1

@@ -135,7 +135,7 @@ def probe_features(model: nn.Module, name: str, image_size: tuple[int, int]) -> 
     """
     forward_features: Callable[[Tensor], Tensor] = model.forward_features  # type: ignore[assignment]
     parameter = next(model.parameters())
-    noise = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, getattr(model, "in_chans", 3), *image_size, generator=torch.Generator().manual_seed(0))
     try:
         return forward_features(noise.to(parameter))
     except torch.OutOfMemoryError as error:

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokenlabels.mixing import MixPlan
+from tokenlabels.models.checkpoints import fit_positions
 from tokenlabels.models.embedding import mix_embedding
 from tokenlabels.models.patch_embed import ConvPatchEmbed
 
@@ -104,6 +105,10 @@ class LVViT(VisionTransformer):
             **(defaults | kwargs),
         )
         self.aux_head = self._new_classifier(num_classes) if aux_head else None
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """timm's, but that the class token begins like the position embedding, as published."""
+        super().init_weights(mode, needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
 
@@ -146,7 +151,7 @@ class LVViT(VisionTransformer):
         if not self.dynamic_img_size or self.pos_embed is None or x.shape[1:3] == self.grid:
             tokens: Tensor = super()._pos_embed(x)
             return tokens
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         positions = self._resampled(self.pos_embed, self.grid, (x.shape[1], x.shape[2]))
         x = x.flatten(1, 2)
         x = (
@@ -188,10 +193,11 @@ class LVViT(VisionTransformer):
         """Tokens [B, P + N, D] -> in training logits of images [B, K] and tokens [B, N, K], in evaluation [B, K].
 
         The logits of evaluation are those of the image plus half of the highest of all tokens, class by class, as
-        published. Without `aux_head`, without classes and for `pre_logits` it is timm's head.
+        published. Without `aux_head`, classes or pooling and for `pre_logits` it is timm's head.
         """
         image_logits: Tensor = super().forward_head(x, pre_logits=pre_logits)
-        if self.aux_head is None or pre_logits or not self.num_classes:
+        is_pooled = image_logits.ndim == 2  # global_pool="" classifies all tokens by the image's classifier
+        if self.aux_head is None or pre_logits or not self.num_classes or not is_pooled:
             return image_logits
         token_logits: Tensor = self.aux_head(x[:, self.num_prefix_tokens :])
         if self.training:
@@ -211,9 +217,20 @@ class LVViT(VisionTransformer):
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> LVViT:
     model: LVViT = build_model_with_cfg(
-        LVViT, variant, pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **kwargs
+        LVViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_fit_checkpoint,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
     )
     return model
+
+
+def _fit_checkpoint(state: dict[str, Tensor], model: LVViT) -> dict[str, Tensor]:
+    """A released state dict for this model, where timm loads it: its image size, and no classifier that it has not."""
+    state = fit_positions(model, state, "the checkpoint")
+    return state if model.aux_head else {name: value for name, value in state.items() if "aux_head" not in name}
 
 
 def _config(crop_pct: float) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from timm.layers import PatchEmbed
 from timm.layers.format import nchw_to
 from torch import Tensor, nn
 
+from tokenlabels.checks import check_count
+
 
 class ConvPatchEmbed(PatchEmbed):
     """Convolutions, each with batch norm and ReLU, and a last one that makes a token of every patch.
@@ -46,6 +48,9 @@ class ConvPatchEmbed(PatchEmbed):
         if kwargs.get("dynamic_img_pad"):
             raise ValueError("dynamic_img_pad is not supported: pad images to whole patches before the model")
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, device=device, dtype=dtype, **kwargs)
+        check_count("patch_size", patch_size)
+        if any(kernel % 2 == 0 for kernel in stem_kernels):
+            raise ValueError(f"stem_kernels must be odd, so that padding keeps the grid, got {tuple(stem_kernels)}")
         proj_stride, rest = divmod(patch_size, math.prod(stem_strides))
         if len(stem_kernels) != len(stem_strides) or rest or proj_stride < 1:
             raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from tokenlabels.mixing import MixPlan
@@ -83,11 +84,18 @@ def num_batches(batches: Iterable[object]) -> int:
     return count
 
 
-def pass_over(batches: Iterable[Any], epoch: int, first: int) -> Iterator[Any]:
-    """The batches of an epoch from number `first` on.
+def pass_over(batches: Iterable[Any], epoch: int, first: int, total: int) -> Iterator[Any]:
+    """The batches of an epoch from number `first` of `total` on.
 
     A `Stateful` loader that was given its place begins there by itself; others are run through up to it.
     """
     if hasattr(batches, "set_epoch"):
         batches.set_epoch(epoch)
-    return iter(batches) if isinstance(batches, Stateful) else islice(iter(batches), first, None)
+    if isinstance(batches, Stateful):
+        return iter(batches)
+    return islice(iter(batches), first, None) if first < total else iter(())
+
+
+def placed(batch: Any, device: torch.device) -> Any:
+    """The batch on a device; as it is if it is there."""
+    return batch if batch.images.device == device else batch.to(device)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenlabels.trainer.batches import EvaluationBatch
+from tokenlabels.trainer.batches import EvaluationBatch, placed
 from tokenlabels.trainer.ranks import sum_over_ranks
 
 TOP = 5
@@ -94,7 +94,7 @@ def evaluate(
 
     Args:
         model: gives logits [B, K], or a pair that begins with them. Put into evaluation mode for the time.
-        batches: on the model's device.
+        batches: on any device.
         autocast: context of the forward pass.
         real: labels of ImageNet-ReaL.
 
@@ -102,10 +102,11 @@ def evaluate(
         ValueError: no image has a label, or a label that the model has no class for.
     """
     counts: Tensor | None = None
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        for batch in batches:
+        for given in batches:
+            batch: EvaluationBatch = placed(given, device)
             with autocast or nullcontext():
                 outputs = model(batch.images)
             logits = outputs[0] if isinstance(outputs, tuple) else outputs
@@ -114,7 +115,7 @@ def evaluate(
     finally:
         model.train(was_training)
     if counts is None:  # a rank of few images may have none
-        counts = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
+        counts = torch.zeros(6, dtype=torch.float64, device=device)
     first, among, num_images, num_wrong, real_first, num_real = (
         int(count) for count in sum_over_ranks(counts).tolist()
     )

@@ -39,10 +39,10 @@ class RunLog:
         self._to_board(row, int(row["step"]))
 
     def epoch(self, row: Mapping[str, float | None], *, step: int) -> None:
-        """A line of epochs.csv. `row` has "epoch", counted from 1, and the same names in every epoch; None is empty."""
+        """A line of epochs.csv. `row` begins with "epoch", from 1, and always has the same names; None is empty."""
         is_new = not self._epochs_path.exists() or not self._epochs_path.stat().st_size
         with self._epochs_path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
@@ -80,7 +80,8 @@ def _step_of(line: str) -> float:
 def _keep_epochs(path: Path, epoch: int) -> None:
     if path.exists():
         header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-        replace_file(path, "".join([header, *rows[:epoch]]).encode())
+        kept = [row for row in rows if row.partition(",")[0].isdigit() and int(row.partition(",")[0]) <= epoch]
+        replace_file(path, "".join([header, *kept]).encode())
 
 
 def _tensorboard(folder: Path, purge_step: int) -> Any:

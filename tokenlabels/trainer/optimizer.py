@@ -45,4 +45,5 @@ def make_schedule(optimizer: Optimizer, config: ScheduleConfig) -> CosineLRSched
         lr_min=min(config.min_lr, lr),
         warmup_t=config.warmup_epochs,  # type: ignore[arg-type]
         warmup_lr_init=min(config.warmup_lr, lr),
+        cycle_decay=0.5,  # there is one cycle: all this does is to keep timm from warning of runs of a single epoch
     )

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,10 +26,13 @@ def join_ranks(device: str) -> torch.device:
     """
     is_cuda = torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if is_cuda and local_rank >= torch.cuda.device_count():
+    num_gpus = torch.cuda.device_count() if is_cuda else 0
+    if is_cuda and not num_gpus:
+        raise ValueError("torch sees no GPU here; use --device cpu")
+    if is_cuda and local_rank >= num_gpus:
         raise ValueError(
-            f"process {local_rank} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}; "
-            "start fewer with --nproc-per-node, or use --device cpu"
+            f"process {local_rank} of this machine has no GPU of its own: torch sees {num_gpus}; start fewer with "
+            "--nproc-per-node"
         )
     if is_cuda:
         torch.cuda.set_device(local_rank)
@@ -74,6 +78,15 @@ def broadcast_buffers(model: nn.Module) -> None:
             distributed.broadcast(buffer, 0)
 
 
+def is_same_on_all_ranks(value: int, device: torch.device) -> bool:
+    """Whether all ranks call this with the same number."""
+    if rank_and_world_size()[1] == 1:
+        return True
+    bounds = torch.tensor([value, -value], device=device)
+    distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+    return int(bounds[0]) == -int(bounds[1])
+
+
 class StopRequest:
     """Whether this process was asked to leave.
 
@@ -83,12 +96,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = False
+        # On the CPU, also beside NCCL: to ask must not make the host wait for the GPU.
+        self._group: Any = distributed.new_group(backend="gloo") if rank_and_world_size()[1] > 1 else None
 
-    def is_agreed(self, device: torch.device, *, is_due: bool) -> bool:
-        """Whether all ranks leave now. They see a signal at different steps, and ask each other where it `is_due`."""
-        if rank_and_world_size()[1] == 1:
+    def is_agreed(self) -> bool:
+        """Whether all ranks leave now. They see a signal at different steps: all must ask, after every step."""
+        if self._group is None:
             return self.received
-        return is_due and bool(sum_over_ranks(torch.tensor(float(self.received), device=device)))
+        flag = torch.tensor(float(self.received))
+        distributed.all_reduce(flag, group=self._group)
+        return bool(flag)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what signal.signal asks for
         self.received = True

@@ -1,6 +1,6 @@
 """Everything of a run that changes while it trains, saved and restored together."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from tokenlabels.differences import differences
 from tokenlabels.trainer.batches import Stateful
 from tokenlabels.trainer.checkpoint import read_checkpoint, save_checkpoint
 from tokenlabels.trainer.config import TrainerConfig
-from tokenlabels.trainer.ranks import rank_and_world_size, sum_over_ranks
+from tokenlabels.trainer.ranks import rank_and_world_size
 
 # They change neither the samples of a step nor its mathematics, but for the order of sums.
-_FREE_TO_CHANGE = {"accumulate", "compile", "channels_last", "log_every", "save_every"}
+_FREE_TO_CHANGE = ("accumulate", "compile", "channels_last", "log_every", "save_every")
 
 
 @dataclass
@@ -67,7 +67,8 @@ class RunState:
         ema: average of its weights, or None.
         optimizer, scaler: see `OptimizerStep`.
         config: what a run must share with the one that it goes on with.
-        description: plain values that are kept in the checkpoint.
+        description: plain values that are kept in the checkpoint and compared as well.
+        free_to_change: paths in the description, with all below them, that may differ in a run that goes on.
         progress: where the run is.
     """
 
@@ -77,6 +78,7 @@ class RunState:
     scaler: torch.amp.GradScaler
     config: TrainerConfig
     description: Mapping[str, Any]
+    free_to_change: tuple[str, ...] = ()
     progress: Progress = field(default_factory=Progress)
 
     def save(self, path: Path, train: Iterable[object]) -> None:
@@ -104,13 +106,7 @@ class RunState:
             ValueError: the file is no checkpoint of this run, or its place among the batches cannot be found again.
         """
         content = read_checkpoint(path)
-        others = differences(content["config"], asdict(self.config))
-        changed = [line for line in others if line.partition(":")[0] not in _FREE_TO_CHANGE]
-        if changed:
-            raise ValueError(
-                f"{path} is of a run with other settings (saved != now): {'; '.join(changed)}. Use the same ones to go "
-                "on, or another folder for another run"
-            )
+        self._refuse_other_settings(content, path)
         try:
             self.model.load_state_dict(content["state_dict"])
             if self.ema is not None:
@@ -121,7 +117,17 @@ class RunState:
         self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
         self._find_place(content, path, train)
-        _refuse_other_places(self.progress.step, path)
+
+    def _refuse_other_settings(self, content: Mapping[str, Any], path: Path) -> None:
+        of_trainer = differences(content["config"], asdict(self.config))
+        of_run = differences(content["description"], self.description)
+        changed = [line for line in of_trainer if not _is_below(line, _FREE_TO_CHANGE)]
+        changed += [line for line in of_run if not _is_below(line, self.free_to_change)]
+        if changed:
+            raise ValueError(
+                f"{path} is of a run with other settings (saved != now): {'; '.join(changed)}. Use the same ones to go "
+                "on, or another folder for another run"
+            )
 
     def _find_place(self, content: Mapping[str, Any], path: Path, train: Iterable[object]) -> None:
         """Bring the loader to where it was. With another number of ranks it shares out what is left of the epoch."""
@@ -129,7 +135,13 @@ class RunState:
         if has_place != (content["loader"] is not None):
             raise ValueError(f"{path}: the run had {'no' if has_place else 'a'} loader with a place; use the same kind")
         if isinstance(train, Stateful):
-            train.load_state_dict(content["loader"])
+            try:
+                train.load_state_dict(content["loader"])
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: {error}. A rank's batch is data.batch_size / (ranks * trainer.accumulate): with other "
+                    "ranks, change trainer.accumulate so that it stays the same"
+                ) from error
         if content["world_size"] == rank_and_world_size()[1]:
             return
         if not has_place and progress.batch:
@@ -140,11 +152,7 @@ class RunState:
         progress.done_before, progress.batch = progress.time - progress.epoch, 0
 
 
-def _refuse_other_places(step: int, path: Path) -> None:
-    """Ranks that read different files would train different runs as one."""
-    _, world_size = rank_and_world_size()
-    device = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
-    if world_size > 1 and int(sum_over_ranks(torch.tensor(step, device=device))) != step * world_size:
-        raise ValueError(
-            f"{path} is another file on another machine; put the run into a folder that all machines share"
-        )
+def _is_below(line: str, paths: Collection[str]) -> bool:
+    """Whether a line "path.to.field: a != b" is of one of the paths, or of a field below it."""
+    field = line.partition(":")[0]
+    return any(field == path or field.startswith(f"{path}.") for path in paths)

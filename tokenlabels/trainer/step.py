@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import ModelEmaV3
@@ -22,7 +22,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or NaN; the message names the file with the keys of the batch."""
+    """Loss or weights became infinite or NaN; the message names the file with the keys of the batch."""
 
 
 def batch_loss(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) -> Tensor:
@@ -70,22 +70,29 @@ class OptimizerStep:
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
-    def __call__(self, batches: Sequence[TrainingBatch], step: int) -> Tensor:
+    def __call__(self, batches: Iterable[TrainingBatch], num_batches: int, step: int) -> Tensor:
         """One step; returns the mean loss of the batches, detached, on the device.
 
         Args:
-            batches: that make up the step, on the model's device.
+            batches: that make up the step, on the model's device. Taken one after the other.
+            num_batches: how many they are.
             step: its number, from which stochastic depth and dropout draw.
+
+        Raises:
+            ValueError: there are fewer batches.
         """
         seed_step(self.config.seed, step)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches):
-            with self._unsynchronised(number < len(batches) - 1):
+        total, num_taken = torch.zeros((), device=self.device), 0
+        for batch in batches:
+            num_taken += 1
+            with self._unsynchronised(num_taken < num_batches):
                 with autocast(self.device, self.config):
-                    loss = batch_loss(self.model, batch, self.config) / len(batches)
+                    loss = batch_loss(self.model, batch, self.config) / num_batches
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        if num_taken < num_batches:
+            raise ValueError("the loader has fewer batches than its len() says; the schedule counts on that number")
         if self.config.optimizer.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad)
@@ -113,32 +120,65 @@ class LossGuard:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._last: tuple[Tensor, tuple[str, ...], int] | None = None
+        self._last: _Loss | None = None
+        self._keys: Sequence[str] = ()
 
-    def watch(self, loss: Tensor, batches: Sequence[TrainingBatch], step: int) -> None:
+    def watch(self, loss: Tensor, keys: Sequence[str], step: int) -> None:
         """Look at the loss before, and keep this one for later; on the CPU look at once.
 
         Raises:
             NonFiniteLossError: it is not finite.
         """
-        self.check()
-        self._last = loss, tuple(key for batch in batches for key in batch.keys), step
+        self._check_loss()
+        self._last, self._keys = _Loss(loss, step), keys
         if loss.device.type == "cpu":
-            self.check()
+            self._check_loss()
 
-    def check(self) -> None:
-        """Look at the loss that was kept; raises as `watch`."""
-        if self._last is None or math.isfinite(value := float(self._last[0])):
-            self._last = None
-            return
-        _, keys, step = self._last
+    def check(self, model: nn.Module, step: int) -> None:
+        """Look at the loss that was kept, and at all weights: to be called before they are saved. Raises as `watch`.
+
+        A finite loss can have gradients that are not.
+        """
+        self._check_loss()
+        norm = float(nn.utils.get_total_norm(model.parameters()))
+        if not math.isfinite(norm):
+            self._stop(step, f"the weights after step {step} are not finite (their norm is {norm})")
+
+    def _check_loss(self) -> None:
+        last, self._last = self._last, None
+        if last is not None and not math.isfinite(value := last.value()):
+            self._stop(last.step, f"the loss of step {last.step} is {value}")
+
+    def _stop(self, step: int, finding: str) -> NoReturn:
         rank, _ = rank_and_world_size()
         path = self._folder / f"nonfinite_step{step:07d}_rank{rank}.json"
-        path.write_text(json.dumps({"step": step, "rank": rank, "loss": str(value), "keys": keys}, indent=1) + "\n")
-        raise NonFiniteLossError(
-            f"the loss of step {step} is {value}; the keys of its batch are in {path}. The last checkpoint is from "
-            "before: go on from it with a lower learning rate, gradient clipping or bf16 in place of fp16"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"step": step, "rank": rank, "finding": finding, "keys": self._keys}, indent=1) + "\n"
         )
+        raise NonFiniteLossError(
+            f"{finding}; the keys of its batch are in {path}. The last checkpoint is from before: go on from it with a "
+            "lower learning rate, gradient clipping or bf16 in place of fp16"
+        )
+
+
+class _Loss:
+    """A loss on its way to the host, which waits for the device to have come that far and no further."""
+
+    def __init__(self, loss: Tensor, step: int) -> None:
+        self.step, self._arrived = step, None
+        self._value = loss
+        if loss.is_cuda:
+            self._value = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            self._value.copy_(loss, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def value(self) -> float:
+        """The loss."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
 
 
 def autocast(device: torch.device, config: TrainerConfig) -> torch.autocast:

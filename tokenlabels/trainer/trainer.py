@@ -8,7 +8,7 @@ on computes bit for bit what it would have computed.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenlabels.files import replace_file
-from tokenlabels.trainer.batches import EvaluationBatch, TrainingBatch, num_batches, pass_over
+from tokenlabels.trainer.batches import EvaluationBatch, TrainingBatch, num_batches, pass_over, placed
 from tokenlabels.trainer.checkpoint import BEST_FILE, CONFIG_FILE, LAST_FILE, save_checkpoint
 from tokenlabels.trainer.checks import check_batch
 from tokenlabels.trainer.config import TrainerConfig
@@ -32,6 +32,7 @@ from tokenlabels.trainer.optimizer import make_optimizer, make_schedule
 from tokenlabels.trainer.ranks import (
     StopRequest,
     broadcast_buffers,
+    is_same_on_all_ranks,
     rank_and_world_size,
     stop_on_sigterm,
     sum_over_ranks,
@@ -54,7 +55,8 @@ class Trainer:
         folder: of the run: checkpoints (last.pt, best.pt), config.json, logs (steps.jsonl, epochs.csv).
         batch_size: samples per batch of this rank; the learning rate follows from it.
         description: what JSON can hold, kept in config.json and the checkpoints: the configuration of the whole run.
-            None is `config` alone.
+            None is `config` alone. A run that goes on must have the same.
+        free_to_change: paths in the description ("data.threads", "data") that may differ all the same.
 
     Attributes:
         state: model, average of weights, optimizer and progress.
@@ -68,6 +70,7 @@ class Trainer:
         *,
         batch_size: int,
         description: Mapping[str, Any] | None = None,
+        free_to_change: Sequence[str] = (),
     ) -> None:
         self.config, self.folder = config, Path(folder)
         self.device = next(model.parameters()).device
@@ -81,8 +84,10 @@ class Trainer:
             model.compile()
         wrapped = DistributedDataParallel(model) if self._world_size > 1 else model
         self._step = OptimizerStep(wrapped, optimizer, config, ema)
-        described = asdict(config) if description is None else dict(description)
-        self.state = RunState(model, ema, optimizer, self._step.scaler, config, described)
+        # Without a description of its own a run is described by its configuration, which is compared anyway.
+        described, free = ({}, ()) if description is None else (dict(description), tuple(free_to_change))
+        self.state = RunState(model, ema, optimizer, self._step.scaler, config, described, free)
+        self._guard = LossGuard(self.folder)
 
     @property
     def progress(self) -> Progress:
@@ -125,24 +130,36 @@ class Trainer:
             display = stack.enter_context(Display(self._rank == 0))
             log = None
             if self._rank == 0:
-                if self.progress.step == 0:
-                    described = json.dumps(self.state.description, indent=1) + "\n"
-                    replace_file(self.folder / CONFIG_FILE, described.encode())
+                self._describe()
                 log = stack.enter_context(RunLog(self.folder, step=self.progress.step, epoch=self.progress.epoch))
             while self.progress.epoch < self.config.schedule.epochs:
                 self._train_epoch(train, stop, log, display)
                 accuracy = self._end_epoch(train, val, real, log, display)
+                if self.progress.epoch < self.config.schedule.epochs:
+                    self._leave_if_asked(stop)
         return accuracy
+
+    def _describe(self) -> None:
+        path = self.folder / CONFIG_FILE
+        if self.progress.step == 0 or not path.exists():
+            described = self.state.description or asdict(self.config)
+            replace_file(path, (json.dumps(described, indent=1) + "\n").encode())
 
     def _go_on(self, train: Iterable[object], resume: str | Path) -> None:
         last = self.folder / LAST_FILE
-        if resume == "never":
-            if last.exists():
-                raise ValueError(
-                    f"{self.folder} holds a run already; go on with it (--resume auto), or begin in another folder"
-                )
-        elif resume != "auto" or last.exists():
-            self.state.restore(last if resume == "auto" else Path(resume), train)
+        path = last if resume in ("never", "auto") else Path(resume)
+        is_elsewhere = path.resolve() != last.resolve()
+        if last.exists() and (resume == "never" or is_elsewhere):
+            raise ValueError(
+                f"{self.folder} holds a run already; go on with it (--resume auto), or begin in another folder"
+            )
+        is_there = path.exists() if resume == "auto" else resume != "never"
+        if is_there:
+            self.state.restore(path, train)
+        if not is_same_on_all_ranks(self.progress.step if is_there else -1, self.device):
+            raise ValueError(f"not all ranks find the same {path}; put the run into a folder that all machines share")
+        if is_elsewhere:
+            self.progress.best_top1 = 0.0  # best.pt stayed behind
 
     def _train_epoch(
         self, train: Iterable[TrainingBatch], stop: StopRequest, log: RunLog | None, display: Display
@@ -150,42 +167,55 @@ class Trainer:
         progress, config = self.progress, self.config
         progress.num_batches = num_batches(train)
         display.begin(f"epoch {progress.epoch + 1}/{config.schedule.epochs}", progress.num_batches, progress.batch)
-        guard, speed = LossGuard(self.folder), Throughput()
-        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
+        speed, first_step = Throughput(), progress.step
+        self._loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
         self._step.model.train()
-        for batches in self._groups(pass_over(train, progress.epoch, progress.batch)):
+        batches = pass_over(train, progress.epoch, progress.batch, progress.num_batches)
+        while progress.batch < progress.num_batches:
             self._schedule.step(progress.time)  # type: ignore[arg-type]
-            loss = self._step(batches, progress.step)
-            progress.advance(len(batches))
-            loss_sum += loss
-            guard.watch(loss, batches, progress.step)
-            speed.count(sum(len(batch.images) for batch in batches) * self._world_size)
-            is_due = progress.step % config.log_every == 0
-            if is_due:
+            # Never more than are left: a loader that was asked for one more would be in the next epoch already.
+            size = min(config.accumulate, progress.num_batches - progress.batch)
+            keys: list[str] = []
+            group = self._taken(batches, size, keys, is_first=progress.step == first_step)
+            loss = self._step(group, size, progress.step)
+            progress.advance(size)
+            self._loss_sum += loss
+            self._guard.watch(loss, keys, progress.step)
+            speed.count(len(keys) * self._world_size)
+            if progress.step % config.log_every == 0:
                 self._log_step(loss, speed, log, display)
-            display.advance(len(batches))
-            is_stopped = stop.is_agreed(self.device, is_due=is_due)
-            if is_stopped or progress.step % config.save_every == 0:
-                guard.check()
-                progress.loss_sum = self._mean_over_ranks(loss_sum)
-                self.state.save(self.folder / LAST_FILE, train)
-            if is_stopped:
-                raise TrainingStoppedError(
-                    f"stopped by SIGTERM after step {progress.step}, in epoch {progress.epoch + 1}; all of it is saved "
-                    f"in {self.folder / LAST_FILE}, and --resume auto goes on from there"
-                )
-        guard.check()
-        progress.loss_sum = self._mean_over_ranks(loss_sum)
+            display.advance(size)
+            if progress.step % config.save_every == 0:
+                self._save(train)
+            self._leave_if_asked(stop, train)
+        if progress.step > first_step:
+            self._save(train)  # evaluation takes its time, and may fail
+        if next(batches, None) is not None:
+            raise ValueError("the loader has more batches than its len() says; the schedule counts on that number")
 
-    def _groups(self, batches: Iterator[Any]) -> Iterator[list[TrainingBatch]]:
-        """The batches of one optimizer step after the other; the last step of an epoch may have fewer."""
-        is_first = True
-        while group := list(islice(batches, self.config.accumulate)):
-            placed = [batch if batch.images.device == self.device else batch.to(self.device) for batch in group]
-            if is_first:
-                check_batch(self.state.model, placed[0], self.config)
-            is_first = False
-            yield placed
+    def _taken(self, batches: Iterator[Any], size: int, keys: list[str], *, is_first: bool) -> Iterator[TrainingBatch]:
+        """The next batches on the device, and their keys."""
+        for batch in islice(batches, size):
+            if is_first and not keys:
+                check_batch(self.state.model, batch, self.config)
+            keys.extend(batch.keys)
+            yield placed(batch, self.device)
+
+    def _save(self, train: Iterable[object]) -> None:
+        """Write last.pt, if weights and loss are numbers."""
+        self._guard.check(self.state.model, self.progress.step)
+        self.progress.loss_sum = self._mean_over_ranks(self._loss_sum)
+        self.state.save(self.folder / LAST_FILE, train)
+
+    def _leave_if_asked(self, stop: StopRequest, train: Iterable[object] | None = None) -> None:
+        if not stop.is_agreed():
+            return
+        if train is not None:
+            self._save(train)
+        raise TrainingStoppedError(
+            f"stopped by SIGTERM after step {self.progress.step}, at epoch {self.progress.time:.2f}; all of it is in "
+            f"{self.folder / LAST_FILE}, and --resume auto goes on from there"
+        )
 
     def _mean_over_ranks(self, value: Tensor) -> float:
         return float(sum_over_ranks(value.clone())) / self._world_size
@@ -230,15 +260,19 @@ class Trainer:
         if log is not None:
             log.epoch(row, step=progress.step)
         best = max(found, key=lambda name: found[name].top1, default=None)
-        is_best = best is not None and found[best].top1 > progress.best_top1
-        if best is not None and is_best:
+        if best is not None and found[best].top1 > progress.best_top1:
             progress.best_top1 = found[best].top1
+            self._save_best(models[best])
         progress.end_epoch()
         state.save(self.folder / LAST_FILE, train)
-        if best is not None and is_best and self._rank == 0:
-            content = {"state_dict": models[best].state_dict(), "epoch": progress.epoch, "top1": progress.best_top1}
-            save_checkpoint(self.folder / BEST_FILE, content | {"description": dict(state.description)})
         return None if best is None else found[best]
+
+    def _save_best(self, model: nn.Module) -> None:
+        """Before last.pt says so: a kill in between repeats the evaluation."""
+        if self._rank == 0:
+            content = {"state_dict": model.state_dict(), "epoch": self.progress.epoch + 1}
+            content |= {"top1": self.progress.best_top1, "description": dict(self.state.description)}
+            save_checkpoint(self.folder / BEST_FILE, content)
 
     def _evaluate(self, model: nn.Module, val: Iterable[EvaluationBatch], real: RealLabels | None) -> Accuracy:
         broadcast_buffers(model)

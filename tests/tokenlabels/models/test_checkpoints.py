@@ -106,10 +106,13 @@ def test_checkpoints_of_other_models(
     make_lvvit: MakeLVViT, tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "lvvit.pth"
-    torch.save(make_lvvit().state_dict(), path)
+    torch.save(averaged(make_lvvit().state_dict()), path)
+    model = make_lvvit(**arguments)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_checkpoint(make_lvvit(**arguments), path)
+        load_checkpoint(model, path)
     assert str(path) in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "untouched"
 
 
 def test_position_embeddings_of_no_square_are_refused(make_lvvit: MakeLVViT, tmp_path: Path) -> None:

@@ -264,3 +264,22 @@ def test_a_plan_does_not_outlive_a_failure() -> None:
     with classifier.model.blocks[1].register_forward_hook(fail), pytest.raises(RuntimeError, match="in a block"):
         classifier(images, plan)
     assert_close(classifier(images), expected)
+
+
+def test_autocast_around_the_construction_changes_nothing() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        classifier = DenseClassifier(timm.create_model("test_resnet", num_classes=NUM_CLASSES), 64)
+    assert classifier.aux_head.weight.dtype == torch.float32
+    assert classifier(torch.randn(2, 3, 64, 64))[1].shape == (2, 4, NUM_CLASSES)
+
+
+def test_images_of_other_channels() -> None:
+    model = timm.create_model("test_vit", num_classes=NUM_CLASSES, in_chans=1, img_size=32)
+    assert DenseClassifier(model)(torch.randn(2, 1, 32, 32))[1].shape == (2, 4, NUM_CLASSES)
+
+
+def test_the_first_of_several_patch_embeddings_mixes() -> None:
+    model = timm.create_model("twins_pcpvt_small", num_classes=NUM_CLASSES, img_size=64, depths=(1, 1, 1, 1))
+    classifier = DenseClassifier(model, 64).eval()
+    images, swap = torch.randn(2, 3, 64, 64), MixPlan(torch.tensor([1, 0]), torch.zeros(2, 2, 2))
+    torch.testing.assert_close(classifier(images, swap)[0], classifier(images)[0].flip(0))

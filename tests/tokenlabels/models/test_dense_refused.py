@@ -1,5 +1,6 @@
 """What `DenseClassifier` refuses: models, images, plans and targets that do not fit."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,14 @@ from tokenlabels.sparse_targets import TokenTargets
     ("case", "image_size", "grid", "message"),
     [
         pytest.param(
-            "deit", (32, 32), None, r"images must be \[B, 3, 32, 48\], got float32 \[4, 3, 32, 32\]", id="size"
+            "deit", (32, 32), None, r"images must be \[B, C, 32, 48\], got float32 \[4, 3, 32, 32\]", id="size"
         ),
-        pytest.param("resnet", (64, 64), None, r"images must be \[B, 3, 64, 96\]", id="size-of-a-flexible-model"),
+        pytest.param("resnet", (64, 64), None, r"images must be \[B, C, 64, 96\]", id="size-of-a-flexible-model"),
         pytest.param("deit", (32, 48), (3, 2), r"plan must be on the grid \(2, 3\) of .*, got \(3, 2\)", id="plan"),
         pytest.param("deit", (32, 48), (32, 48), "none for images mixed already", id="plan-of-pixels"),
         pytest.param("swin", (64, 32), (16, 8), r"plan must be on the grid \(4, 2\)", id="plan-of-embedding"),
         pytest.param(
-            "resnet", (64, 96), (2, 3), 'no patch embedding; mix the pixels instead: mix="cutmix"', id="resnet"
+            "resnet", (64, 96), (2, 3), r'no patch embedding \(.*\); mix the pixels instead: mix="cutmix"', id="resnet"
         ),
     ],
 )
@@ -42,6 +43,15 @@ def test_a_plan_of_another_batch_is_refused() -> None:
     classifier, images = dense("deit")
     with pytest.raises(ValueError, match="a plan of 4 samples"):
         classifier(images[:3], mixtoken(classifier))
+
+
+def test_an_exchanged_patch_embedding_does_not_pass_for_a_mixing_one() -> None:
+    classifier, images = dense("deit")
+    classifier.model.patch_embed = copy.deepcopy(classifier.model.patch_embed)
+    classifier.model.patch_embed._forward_hooks.clear()
+    with pytest.raises(ValueError, match="another module than when DenseClassifier was built, and nothing was mixed"):
+        classifier(images, mixtoken(classifier))
+    assert classifier(images)[1].shape == (4, 6, NUM_CLASSES)
 
 
 class Unused(Strided):

@@ -249,6 +249,28 @@ class TestAsTimmHasIt:
         model = make_lvvit(global_pool="avg").eval()
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
+    def test_without_pooling_every_token_is_classified_by_the_image_s_classifier(self, make_lvvit: MakeLVViT) -> None:
+        model = make_lvvit(global_pool="").eval()
+        assert model(torch.randn(5, 3, 32, 32)).shape == (5, 5, 10)
+
+    def test_weights_drawn_again_are_those_of_the_paper(self, make_lvvit: MakeLVViT) -> None:
+        model = make_lvvit(embed_dim=480)
+        model.init_weights()
+        assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+
+    def test_released_weights_make_a_backbone_of_another_size(self, tmp_path: Path) -> None:
+        """Through timm alone: the position embedding is resampled, and a classifier that is not there left out."""
+        source = timm.create_model("lvvit_t", depth=2, img_size=64)
+        torch.save({"state_dict_ema": source.state_dict(), "state_dict": {}}, tmp_path / "lvvit.pth.tar")
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "lvvit.pth.tar")}, "depth": 2}
+        backbone = timm.create_model("lvvit_t", features_only=True, out_indices=(1,), img_size=96, **options)
+        source.set_input_size(img_size=96)
+        images = torch.randn(1, 3, 96, 96)
+        expected = source.eval().forward_intermediates(images, indices=[1], intermediates_only=True)
+        torch.testing.assert_close(backbone.eval()(images), expected)
+        plain = timm.create_model("lvvit_t", img_size=96, aux_head=False, **options)
+        torch.testing.assert_close(plain.head.weight, source.head.weight)
+
     def test_intermediates(self, make_lvvit: MakeLVViT) -> None:
         model = make_lvvit(img_size=(32, 48)).eval()
         images = torch.randn(2, 3, 32, 48)
@@ -292,6 +314,14 @@ class TestAsTimmHasIt:
         exported = torch.export.export(model, (images,))
         torch.testing.assert_close(exported.module()(images), model(images))
 
+    def test_exports_with_a_dynamic_size(self, make_lvvit: MakeLVViT) -> None:
+        model = make_lvvit(img_size=64, dynamic_img_size=True).eval()
+        images = torch.randn(3, 3, 96, 96)
+        batch = torch.export.Dim("batch", min=2, max=16)
+        exported = torch.export.export(model, (images,), dynamic_shapes={"x": {0: batch}})
+        more = torch.randn(5, 3, 96, 96)
+        torch.testing.assert_close(exported.module()(more), model(more))
+
     def test_parameters_without_decay(self, make_lvvit: MakeLVViT) -> None:
         assert {"pos_embed", "cls_token"} <= set(make_lvvit().no_weight_decay())
 
@@ -327,6 +357,8 @@ class TestAsTimmHasIt:
         ({"stem_kernels": (7,), "stem_strides": (2, 1)}, "as many of both"),
         ({"stem_kernels": (7,), "stem_strides": (3,)}, "divides the patch size"),
         ({"proj_kernel": 7}, "proj_kernel must be 8"),
+        ({"stem_kernels": (7, 2), "stem_strides": (2, 1)}, "stem_kernels must be odd"),
+        ({"patch_size": (16, 16)}, "patch_size must be an integer"),
         ({"dynamic_img_pad": True}, "dynamic_img_pad is not supported"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_run_is_a_bare_loop(make_model: MakeModel, make_config: MakeConfig, tm
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, twin.state_dict()[name], rtol=1e-4, atol=1e-5)
     assert [row["loss"] for row in rows(tmp_path)] == pytest.approx(losses[1::2], rel=1e-4)
-    assert losses[-1] < losses[0]
+    assert min(losses[-6:]) < min(losses[:6])
 
 
 def test_what_a_run_leaves(make_model: MakeModel, make_config: MakeConfig, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_sigterm_saves_and_leaves(make_model: MakeModel, make_config: MakeConfig
                 yield batch
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TrainingStoppedError, match=r"after step 9, in epoch 2.*last\.pt.*--resume auto"):
+    with pytest.raises(TrainingStoppedError, match=r"after step 9, at epoch 1\.50.*last\.pt.*--resume auto"):
         trained(make_model(), config, tmp_path / "stopped", Terminated())
     assert signal.getsignal(signal.SIGTERM) is before
     assert read_checkpoint(tmp_path / "stopped" / "last.pt")["progress"]["step"] == 9
@@ -236,12 +236,15 @@ def test_a_step_of_fewer_batches_ends_an_epoch(make_model: MakeModel, make_confi
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(make_model: MakeModel, make_config: MakeConfig, tmp_path: Path, precision: str) -> None:
-    trainer = trained(model := make_model(), make_config(precision=precision), tmp_path, Batches())
+    trained(make_model(), make_config(), tmp_path / "fp32", Batches())
+    half = make_config(precision=precision)
+    trainer = trained(model := make_model(), half, tmp_path / "half", Batches())
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    losses = [row["loss"] for row in rows(tmp_path)]
-    assert losses[-1] < losses[0]
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("half", "fp32")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert losses[0] != losses[1]
     assert trainer.state.scaler.is_enabled() == (precision == "fp16")
-    again = Trainer(make_model(), make_config(precision=precision), tmp_path, batch_size=4)
+    again = Trainer(make_model(), half, tmp_path / "half", batch_size=4)
     again.fit(Batches(), resume="auto")
     assert again.state.scaler.state_dict() == trainer.state.scaler.state_dict()
 
@@ -322,4 +325,4 @@ def test_a_run_on_a_gpu(make_model: MakeModel, make_config: MakeConfig, tmp_path
     config = make_config(precision="bf16", channels_last=True, compile=True)
     trained(make_model().to(cuda), config, tmp_path, Moved())
     losses = [row["loss"] for row in rows(tmp_path)]
-    assert losses[-1] < losses[0]
+    assert min(losses[-3:]) < min(losses[:3])

@@ -62,6 +62,8 @@ def run(scenario: str, folder: Path) -> None:
     if scenario == "accumulate":
         make_trainer(folder, accumulate=2).fit(batches, validation())
         return
+    if scenario == "local folders":
+        folder = folder / str(rank_and_world_size()[0])
     trainer = make_trainer(folder)
     batches.signal_at = 3 if scenario == "terminated" else None
     try:
