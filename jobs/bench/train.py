@@ -112,7 +112,11 @@ def bench_trainer(
     """
     batch = _Material.draw(batch_size, device).with_token_labels()
     config = TrainerConfig(
-        precision=precision, ema_decay=None, schedule=ScheduleConfig(epochs=10**6), log_every=steps, save_every=10**9
+        precision=precision,
+        ema_decay=None,
+        schedule=ScheduleConfig(10**6, warmup_epochs=0),
+        log_every=steps,
+        save_every=10**9,
     )
     rates: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -131,18 +135,18 @@ def bench_trainer(
     return Comparison(title, medians[0], medians[1], statistics.median(ratios), ratios)
 
 
-class _StopTimedEpoch(Exception):  # noqa: N818 - no error: the epoch is over, and the checkpoint behind it is not timed
+class _StopTimedEpoch(Exception):  # noqa: N818 - no error: what was to be timed is over
     pass
 
 
 class _Timed:
-    """Batches that tell how long it took to use them, and end the trainer's work there."""
+    """Batches that tell how long it took to use them, and end the trainer's work before its checkpoint."""
 
     def __init__(self, batches: Sequence[_Batch], device: torch.device) -> None:
         self.batches, self.device, self.seconds = batches, device, 0.0
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches) + 1
 
     def __iter__(self) -> Iterator[_Batch]:
         _synchronise(self.device)
@@ -166,9 +170,9 @@ def _bare_loop(model: nn.Module, config: TrainerConfig, batch: _Batch, device: t
     optimizer = make_optimizer(model, config.optimizer, len(batch.images))
 
     def step(_: int) -> None:
+        optimizer.zero_grad()
         with autocast(device, config):
             loss = batch_loss(model, batch, config)
-        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 

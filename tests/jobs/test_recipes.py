@@ -100,7 +100,15 @@ ROWS = {name: row for table in TABLES.values() for name, row in table.items()}
 OF_TABLE = {name: title for title, table in TABLES.items() for name in table}
 
 # Neither the paper nor the published README has a number for them.
-WITHOUT_NUMBER = ("lvvit_s_448", "lvvit_s_512", "lvvit_m_512", "lvvit_l_384")
+WITHOUT_NUMBER = (
+    "lvvit_t_384",
+    "lvvit_t_448",
+    "lvvit_t_512",
+    "lvvit_s_448",
+    "lvvit_s_512",
+    "lvvit_m_512",
+    "lvvit_l_384",
+)
 
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
