@@ -90,6 +90,24 @@ def test_the_loader_s_place_at_the_end_of_an_epoch(
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_fewer_ranks_evaluate_what_more_had_trained(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks stop in the evaluation; one goes on, for which nothing is left of the epoch."""
+    config = make_run("lvvit_t", "data.batch_size=2", "trainer.schedule.epochs=2")
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenlabels.trainer.trainer.evaluate", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            train(config, tmp_path / "run", device="cpu")
+    content = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    content["world_size"] = content["loader"]["world_size"] = 2
+    content["loader"]["batch"] = content["progress"]["batch"] = content["progress"]["num_batches"] = 5  # of 4 samples
+    torch.save(content, tmp_path / "run/last.pt")
+    assert train(config, tmp_path / "run", resume="auto", device="cpu") is not None
+    with (tmp_path / "run/epochs.csv").open(newline="") as file:
+        assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [("1", "10"), ("2", "20")]
+
+
 def test_data_that_do_not_fit_leave_nothing(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name their own class"):
         train(make_run("lvvit_t", "data.min_agreement=none"), tmp_path / "run", device="cpu")

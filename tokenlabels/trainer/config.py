@@ -109,8 +109,8 @@ class TrainerConfig:
         compile: whether `torch.compile` makes the forward pass.
         channels_last: memory format of images and convolutions.
         seed: of initial weights, stochastic depth and dropout: step s of rank r draws from (seed, r, s).
-        log_every: optimizer steps per line of steps.jsonl. Ranks agree at these steps on stopping after SIGTERM.
-        save_every: optimizer steps between checkpoints; there is one after every epoch in any case.
+        log_every: optimizer steps per line of steps.jsonl.
+        save_every: optimizer steps between checkpoints; there is one before and one after every evaluation in any case.
     """
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

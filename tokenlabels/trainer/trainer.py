@@ -119,7 +119,7 @@ class Trainer:
 
         Raises:
             ValueError: the folder, the checkpoint, the batches or the model do not fit; before the first step.
-            NonFiniteLossError: the loss is not finite any more.
+            NonFiniteLossError: loss or weights are not finite any more.
             TrainingStoppedError: SIGTERM was received.
         """
         num_batches(train)
@@ -165,7 +165,9 @@ class Trainer:
         self, train: Iterable[TrainingBatch], stop: StopRequest, log: RunLog | None, display: Display
     ) -> None:
         progress, config = self.progress, self.config
-        progress.num_batches = num_batches(train)
+        progress.num_batches = len(train) if progress.done_before else num_batches(train)  # type: ignore[arg-type]
+        if progress.num_batches == 0:  # other ranks had finished the steps of the epoch
+            progress.batch = progress.num_batches = 1
         display.begin(f"epoch {progress.epoch + 1}/{config.schedule.epochs}", progress.num_batches, progress.batch)
         speed, first_step = Throughput(), progress.step
         self._loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
