@@ -32,7 +32,7 @@ class Progress:
         done_before: share of the present epoch that was done before its batch 0, 0..1: above 0 after going on with
             another number of ranks.
         loss_sum, num_losses: of the steps of the present epoch.
-        best_top1: of all evaluations, 0..1.
+        best_top1: of all evaluations, 0..1; -1 before the first.
     """
 
     step: int = 0
@@ -42,7 +42,7 @@ class Progress:
     done_before: float = 0.0
     loss_sum: float = 0.0
     num_losses: int = 0
-    best_top1: float = 0.0
+    best_top1: float = -1.0
 
     @property
     def time(self) -> float:

@@ -159,7 +159,7 @@ class Trainer:
         if not is_same_on_all_ranks(self.progress.step if is_there else -1, self.device):
             raise ValueError(f"not all ranks find the same {path}; put the run into a folder that all machines share")
         if is_elsewhere:
-            self.progress.best_top1 = 0.0  # best.pt stayed behind
+            self.progress.best_top1 = -1.0  # best.pt stayed behind
 
     def _train_epoch(
         self, train: Iterable[TrainingBatch], stop: StopRequest, log: RunLog | None, display: Display
