@@ -47,9 +47,17 @@ def _recipe(make: Recipe) -> Recipe:
     return make
 
 
-def _fine_tuning(make: Recipe) -> Recipe:
+def _fine_tuning(base: Recipe, image_size: int, result: str) -> None:
+    """Register the fine-tuning of a run at another size, as ``lvvit_s_384``."""
+
+    def make() -> RunConfig:
+        return _fine_tuned(base(), image_size)
+
+    title = f"LV-ViT-{base.__name__[-1].upper()}"
+    make.__name__ = f"{base.__name__}_{image_size}"
+    make.__doc__ = f"{title} fine-tuned at {image_size} px{result}."
     _FINE_TUNING.add(make.__name__)
-    return _recipe(make)
+    _recipe(make)
 
 
 def _model(name: str, drop_path: float = 0.1, image_size: int = 224) -> RunConfig:
@@ -125,79 +133,21 @@ def lvvit_l() -> RunConfig:
     return replace(config, data=replace(config.data, rand_augment="rand-n3-m9-mstd0.5-inc1"))
 
 
-# Table 4, fine-tuning. Rows without a number are neither in the paper nor published.
+# Table 4, fine-tuning. What has no number is neither in the paper nor published.
 
-
-@_fine_tuning
-def lvvit_t_384() -> RunConfig:
-    """LV-ViT-T fine-tuned at 384 px."""
-    return _fine_tuned(lvvit_t(), 384)
-
-
-@_fine_tuning
-def lvvit_t_448() -> RunConfig:
-    """LV-ViT-T fine-tuned at 448 px."""
-    return _fine_tuned(lvvit_t(), 448)
-
-
-@_fine_tuning
-def lvvit_t_512() -> RunConfig:
-    """LV-ViT-T fine-tuned at 512 px."""
-    return _fine_tuned(lvvit_t(), 512)
-
-
-@_fine_tuning
-def lvvit_s_384() -> RunConfig:
-    """LV-ViT-S fine-tuned at 384 px: 84.4 (Table 4)."""
-    return _fine_tuned(lvvit_s(), 384)
-
-
-@_fine_tuning
-def lvvit_s_448() -> RunConfig:
-    """LV-ViT-S fine-tuned at 448 px."""
-    return _fine_tuned(lvvit_s(), 448)
-
-
-@_fine_tuning
-def lvvit_s_512() -> RunConfig:
-    """LV-ViT-S fine-tuned at 512 px."""
-    return _fine_tuned(lvvit_s(), 512)
-
-
-@_fine_tuning
-def lvvit_m_384() -> RunConfig:
-    """LV-ViT-M fine-tuned at 384 px: 85.4 (Table 4)."""
-    return _fine_tuned(lvvit_m(), 384)
-
-
-@_fine_tuning
-def lvvit_m_448() -> RunConfig:
-    """LV-ViT-M fine-tuned at 448 px: 85.5 (published)."""
-    return _fine_tuned(lvvit_m(), 448)
-
-
-@_fine_tuning
-def lvvit_m_512() -> RunConfig:
-    """LV-ViT-M fine-tuned at 512 px."""
-    return _fine_tuned(lvvit_m(), 512)
-
-
-@_fine_tuning
-def lvvit_l_384() -> RunConfig:
-    """LV-ViT-L fine-tuned at 384 px."""
-    return _fine_tuned(lvvit_l(), 384)
-
-
-@_fine_tuning
-def lvvit_l_448() -> RunConfig:
-    """LV-ViT-L fine-tuned at 448 px: 85.9 after training at 288 px, 86.2 after 448 px (Table 4)."""
-    return _fine_tuned(lvvit_l(), 448)
-
-
-@_fine_tuning
-def lvvit_l_512() -> RunConfig:
-    """LV-ViT-L fine-tuned at 512 px: 86.4 after training at 448 px (Table 4)."""
-    return _fine_tuned(lvvit_l(), 512)
+_FINE_TUNED = {
+    lvvit_t: {384: "", 448: "", 512: ""},
+    lvvit_s: {384: ": 84.4 (Table 4)", 448: "", 512: ""},
+    lvvit_m: {384: ": 85.4 (Table 4)", 448: ": 85.5 (published)", 512: ""},
+    lvvit_l: {
+        384: "",
+        448: ": 85.9 after training at 288 px, 86.2 after 448 px (Table 4)",
+        512: ": 86.4 after training at 448 px (Table 4)",
+    },
+}
+for _base, _results in _FINE_TUNED.items():
+    for _size, _result in _results.items():
+        _fine_tuning(_base, _size, _result)
 
 
 # Table 2: what supervises, and what mixes. lvvit_s is its first row.
