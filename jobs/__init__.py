@@ -3,7 +3,7 @@
 Nobody imports this package, but for `tokenlabels bench` and `tokenlabels train` inside their commands.
 
 train.py                one training run: ``python -m jobs.train NAME``, also under torchrun
-recipes.py, config.py   runs as functions that return a configuration; overrides.py is `--set`
+recipes/, config.py     runs as functions that return a configuration; overrides.py is `--set`
 build.py, preflight.py  from a configuration to model and loaders, and whether the data belong together
 train_demo.py           the same on generated scenes
 experiments/            studies of several runs

@@ -12,6 +12,7 @@ import tokenlabels.models  # noqa: F401 - registers LV-ViT
 from jobs.config import RunConfig
 from loaders import EvaluationLoader, TokenLabelLoader
 from loaders.options import PATCH_SIZE_PX, num_threads
+from tokenlabels.align import TLAlign, TransMix
 from tokenlabels.models import DenseClassifier, LVViT, load_checkpoint
 from tokenlabels.store import LabelStore, open_store
 from tokenlabels.trainer.ranks import rank_and_world_size
@@ -85,7 +86,10 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         )
     if config.model.init is not None:
         load_checkpoint(model, config.model.init)
-    return model
+    align = config.align
+    if align.method == "tl_align":
+        return TLAlign(model, layers=align.layers, normalize=align.normalize)
+    return model if align.method is None else TransMix(model)
 
 
 def batch_size_per_rank(config: RunConfig) -> int:
@@ -134,7 +138,7 @@ def _train_loader(
         image_size=config.model.image_size,
         batch_size=batch_size_per_rank(config),
         # Without tokens of its own a model asks for no grid; patches that are mixed at random are of 16 pixels then.
-        grid=getattr(model, "grid", (1, 1) if config.model.image_size % PATCH_SIZE_PX else None),
+        grid=getattr(model, "grid", None) or ((1, 1) if config.model.image_size % PATCH_SIZE_PX else None),
         supervision=data.supervision,
         num_classes=data.num_classes,
         interpolate=data.interpolate,
@@ -146,6 +150,7 @@ def _train_loader(
         mix_alpha=data.mix_alpha,
         mix_prob=data.mix_prob,
         mixup_alpha=data.mixup_alpha,
+        mix_targets=config.align.method is None,
         mean=pixels["mean"],
         std=pixels["std"],
         device=device,
@@ -180,4 +185,5 @@ def _threads(config: RunConfig) -> int:
 
 def _described(model: nn.Module) -> nn.Module:
     """The timm model, whose configuration says how pixels are normalised."""
+    model = model.model if isinstance(model, TLAlign) else model
     return model.model if isinstance(model, DenseClassifier) else model

@@ -8,6 +8,7 @@ from tokenlabels.trainer.config import TrainerConfig
 
 Supervision = Literal["token", "relabel", "hard"]
 Mix = Literal["mixtoken", "cutmix", "mixup", "random", "blockwise"]
+AlignMethod = Literal["tl_align", "transmix"]
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,46 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AlignConfig:
+    """How the shares of mixed images are found, see `tokenlabels.align`.
+
+    Attributes:
+        method: None mixes targets by area.
+        layers: numbers of the blocks that labels follow with "tl_align", from 0, negative ones from the end; None is
+            all.
+        normalize: whether labels are averaged with the residual of "tl_align".
+    """
+
+    method: AlignMethod | None = None
+    layers: tuple[int, ...] | None = None
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            check_choice("align.method", self.method, AlignMethod)
+        if self.method != "tl_align" and (self.layers is not None or not self.normalize):
+            raise ValueError(
+                f"align.layers and align.normalize are of align.method=tl_align, got method {self.method!r}; leave "
+                "them out"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run. `jobs.recipes` has the papers'; ``python -m jobs.train NAME`` runs them.
 
     Attributes:
-        model, data, trainer: see there.
+        model, data, trainer, align: see there.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+
+    def __post_init__(self) -> None:
+        if self.align.method is not None and self.data.mix in (None, "mixtoken"):
+            raise ValueError(
+                f"align.method={self.align.method} follows pixels that are mixed, and data.mix is {self.data.mix!r}; "
+                "use data.mix=cutmix, mixup, random or blockwise"
+            )

@@ -82,10 +82,13 @@ class TokenLabelBatch:
 
     Attributes:
         images: float32 [B, 3, S_h, S_w], augmented and normalised.
-        targets: what the loss takes, mixed already; None where there are neither maps nor known classes.
+        targets: what the loss takes, mixed already but with mix_targets=False; None where there are neither maps nor
+            known classes.
         plan: who is mixed with whom; None without mixing.
         is_mixed: whether the images are mixed by the plan already. False for MixToken, where the model applies it to
             its patch embedding.
+        has_mixed_targets: whether the targets are those of the mixed images. False leaves it to `TLAlign`, which finds
+            the shares: ``plan.mix_targets(targets, share)``.
         labels: int64 [B], class index of the data set of every image itself; -1 where it has none.
         keys: WebDataset keys, B of them.
         boxes: float32 [B, 4], the crop, xyxy in 0..1 of the image; with RandAugment "before crop", of the image as its
@@ -97,6 +100,7 @@ class TokenLabelBatch:
     targets: TokenTargets | None
     plan: MixPlan | None
     is_mixed: bool
+    has_mixed_targets: bool
     labels: Tensor
     keys: tuple[str, ...]
     boxes: Tensor

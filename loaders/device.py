@@ -104,6 +104,7 @@ class DeviceStage:
         crop_targets: from maps to targets, or None without maps.
         num_classes: for targets from the labels of the data set where there are no maps; None makes no targets.
         mixing: or None.
+        mix_targets: whether targets are mixed as the images are.
         erase_mode: what an erased box is filled with.
         ignore_erased: whether erased tokens are left out of the dense loss.
     """
@@ -114,6 +115,7 @@ class DeviceStage:
     crop_targets: CropTargets | None = None
     num_classes: int | None = None
     mixing: Mixing | None = None
+    mix_targets: bool = True
     erase_mode: EraseMode = "pixel"
     ignore_erased: bool = False
 
@@ -121,6 +123,11 @@ class DeviceStage:
         _check_channels("mean", self.mean, -math.inf)
         _check_channels("std", self.std, 0)
         check_choice("erase_mode", self.erase_mode, EraseMode)
+        if not self.mix_targets and (self.mixing is None or self.mixing.kind == "mixtoken"):
+            raise ValueError(
+                "mix_targets=False leaves targets to TLAlign, which needs images that are mixed here: mix='cutmix', "
+                f"'mixup', 'random' or 'blockwise', got {self.mixing and self.mixing.kind!r}"
+            )
 
     @torch.no_grad()
     def __call__(self, host: HostBatch) -> TokenLabelBatch:
@@ -136,13 +143,14 @@ class DeviceStage:
             if on_pixels is not None:
                 images = on_pixels.mix(images)
             for step in (before, plan):
-                if targets is not None and step is not None:
+                if self.mix_targets and targets is not None and step is not None:
                     targets = step.mix_targets(targets)
         return TokenLabelBatch(
             images=images,
             targets=targets,
             plan=plan,
             is_mixed=plan is not None and on_pixels is plan,
+            has_mixed_targets=self.mix_targets or plan is None,
             labels=self._moved(torch.from_numpy(host.labels)),
             keys=host.keys,
             boxes=self._moved(torch.from_numpy(host.crops).float()),

@@ -77,12 +77,13 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         erase_prob, erase_mode: Random Erasing.
         ignore_erased: leave erased tokens out of the dense loss.
         mix: "mixtoken" hands a plan to the model, which mixes its patch embedding; "cutmix", "mixup", "random" and
-            "blockwise" mix the pixels here. Targets, where there are any, are always mixed to match: do not give the
-            plan to the loss again.
+            "blockwise" mix the pixels here. Targets, where there are any, are mixed to match: do not give the plan to
+            the loss again.
         mix_alpha, mix_prob: of the Beta distribution, and the probability that a sample is mixed.
         mixup_alpha: above 0 adds MixUp, with shares of Beta(mixup_alpha, mixup_alpha): with "cutmix" each sample is
             mixed by one of the two, with equal chance, as in timm; with "mixtoken" pixels and targets are mixed by
             MixUp, with the same mix_prob, before the plan of the batch (Token Labeling, Table 3). Not for other kinds.
+        mix_targets: False leaves targets as they are, for models that find out the shares (`tokenlabels.align`).
         mean, std: of the normalisation.
         device: where batches go.
         threads: that read and decode; None means one per core.
@@ -125,6 +126,7 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         mix_alpha: float = 1.0,
         mix_prob: float = 1.0,
         mixup_alpha: float = 0.0,
+        mix_targets: bool = True,
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
         device: str | torch.device = "cpu",
@@ -177,6 +179,7 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
             crop_targets=crop_targets,
             num_classes=self.num_classes,
             mixing=choose_mixing(mix, self.grid, size, mix_alpha, mix_prob, batch_size, mixup_alpha),
+            mix_targets=mix_targets,
             erase_mode=erase_mode,
             ignore_erased=ignore_erased,
         )

@@ -75,10 +75,12 @@ def test_the_command_line_imports_other_packages_inside_commands_only() -> None:
             id="the maths",
         ),
         pytest.param(
-            "tokenlabels.models, tokenlabels.models.lvvit, tokenlabels.models.dense, tokenlabels.trainer",
+            "tokenlabels.models, tokenlabels.models.lvvit, tokenlabels.models.dense, tokenlabels.align, "
+            "tokenlabels.trainer",
             "ray zarr webdataset pydantic",
             id="models and trainer",
         ),
+        pytest.param("tokenlabels.analysis", "ray zarr webdataset pydantic", id="analysis"),
         pytest.param("annotate.teachers", "ray zarr webdataset pydantic", id="teachers"),
         pytest.param("tokenlabels.store, annotate.shard", "ray webdataset", id="one shard"),
         pytest.param("tokenlabels.cli", "ray zarr webdataset torch timm", id="the command line"),

@@ -1,19 +1,23 @@
-"""What the README and docs/training.md show, runs."""
+"""What the README, docs/training.md and docs/align.md show, runs."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 from annotate.bench_store import simulate_maps, write_simulated
 from tests.loaders.photos import write_photos
+from tokenlabels.align import TLAlign
+from tokenlabels.align.rules import BLOCK_RULES
 from tokenlabels.mixing import MixPlan
 
 ROOT = Path(__file__).parents[1]
-README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
+README, TRAINING, ALIGN = ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "align.md"
 
 
 def python_blocks(containing: str, page: Path = README) -> list[str]:
@@ -85,3 +89,26 @@ def test_models_and_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exec(loop, names)
     assert names["accuracy"].num_images == 13
     assert Path("runs/mine/last.pt").exists()
+
+
+def test_targets_that_follow_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of docs/align.md, one after the other, with small tars."""
+    photos = write_photos(tmp_path, (9, 4), num_classes=10)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tokenlabels.align.rules.BLOCK_RULES", dict(BLOCK_RULES))
+    names: dict[str, Any] = {"tars": photos.tars, "labels": photos.labels}
+    images, tokens, rule = python_blocks("", ALIGN)
+    exec(images, names)
+    assert names["predictions"].shape == (4, 10)
+    assert names["student"].head.weight.grad is not None
+    assert torch.load("student.pt").keys() == timm.create_model("vit_tiny_patch16_224", img_size=64).state_dict().keys()
+    exec(tokens, names)
+    assert names["loss"].isfinite()
+    exec(rule, names)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, block_fn=ResPostBlock)
+    plan = MixPlan.cutmix(4, image_size=64)
+    mixed = plan.mix(torch.randn(4, 3, 64, 64))
+    logits, share = TLAlign(model)(mixed, plan)
+    torch.testing.assert_close(logits, model(mixed))
+    assert ((share - plan.share()).abs() > 0).all()

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tokenlabels.checks import check_grid, check_share, check_tensor, describe, for_autograd, has_values
+from tokenlabels.checks import check_grid, check_share, check_tensor, check_values, describe, for_autograd, has_values
 from tokenlabels.masks import (
     BLOCK_ROUNDS,
     MixDraw,
@@ -254,15 +254,19 @@ class MixPlan:
         over_columns = _overlaps(columns, width, self.own.device)
         return (over_rows @ self.own.double() @ over_columns.T / (height * width)).float()
 
-    def mix_targets(self, targets: TokenTargets) -> TokenTargets:
+    def mix_targets(
+        self, targets: TokenTargets, share: Tensor | None = None, token_share: Tensor | None = None
+    ) -> TokenTargets:
         """The targets of the mixed samples: of tokens by what covers them (Token Labeling eq. 6), of images by `share`
-        (eq. 7).
+        (eq. 7), or both by what `TLAlign` found.
 
         Each image lists its own classes and those of its partner. A row that takes a positive share from a row
         without a target has none itself.
 
         Args:
             targets: of B images, on the plan's device.
+            share: float32 [B] in 0..1, of the own image in what is classified; None is `share()`.
+            token_share: float32 [B, N] in 0..1, the same of every token; None is `coverage` of the targets' grid.
         """
         if not isinstance(targets, TokenTargets):
             raise ValueError(f"targets must be TokenTargets, got {type(targets).__name__}; see TokenTargets.from_dense")
@@ -271,9 +275,7 @@ class MixPlan:
                 f"the plan mixes {len(self)} samples on {self.partner.device}, got targets of {len(targets)} on "
                 f"{targets.device}; draw a plan for this batch, and move one with .to(device)"
             )
-        share = self.share()[:, None]
-        if targets.grid is not None:
-            share = torch.cat([share, self.coverage(targets.grid).flatten(1)], dim=1)
+        share = self._row_shares(targets, share, token_share)
         partner, valid = self.partner, targets.valid
         # Means of ones are 1 up to rounding.
         valid = (valid | (share < SHARE_TOLERANCE)) & (valid[partner] | (share > 1 - SHARE_TOLERANCE))
@@ -288,6 +290,25 @@ class MixPlan:
             valid=valid,
         )
 
+    def _row_shares(self, targets: TokenTargets, share: Tensor | None, token_share: Tensor | None) -> Tensor:
+        """[B, R], of the rows of the targets."""
+        share = self.share() if share is None else self._checked("share", share, [len(self)])
+        if targets.grid is None:
+            if token_share is not None:
+                raise ValueError(f"there is a token_share, but {targets!r} has no tokens; leave it out")
+            return share[:, None]
+        if token_share is None:
+            token_share = self.coverage(targets.grid).flatten(1)
+        token_share = self._checked("token_share", token_share, [len(self), targets.num_tokens])
+        return torch.cat([share[:, None], token_share], dim=1)
+
+    def _checked(self, name: str, share: Tensor, shape: list[int]) -> Tensor:
+        check_tensor(name, share)
+        if list(share.shape) != shape or share.dtype != torch.float32 or share.device != self.own.device:
+            raise ValueError(f"{name} must be float32 {shape} on {self.own.device}, got {describe(share)}")
+        check_values(name, share, lambda values: (values >= 0) & (values <= 1), "must be in 0..1")
+        return share.detach()
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same plan on another device."""
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("partner", "own")}
@@ -300,6 +321,16 @@ class MixPlan:
         num_samples, height, width = self.own.shape
         share = f", mean share {float(self.own.mean()):.3f}" if has_values(self.own) else ""
         return f"MixPlan({num_samples} samples, own {height}x{width}{share}, on {self.own.device})"
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images that this plan cannot have mixed.
+
+        Raises:
+            ValueError: they are of another batch, size, layout or device.
+        """
+        self._check_mixable(images)
+        if images.ndim != 4:
+            raise ValueError(f"images must be [{len(self)}, C, H, W], got {describe(images)}")
 
     def _check_mixable(self, x: Tensor) -> None:
         check_tensor("x", x)

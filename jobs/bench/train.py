@@ -36,6 +36,7 @@ class _Batch:
     labels: Tensor
     keys: tuple[str, ...]
     is_mixed: bool = False
+    has_mixed_targets: bool = True
 
 
 @dataclass(frozen=True, eq=False)

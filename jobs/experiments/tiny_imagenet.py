@@ -1,10 +1,11 @@
-"""What supervises and what mixes (Token Labeling, arXiv 2104.10858, Table 2), on 50 classes of Tiny ImageNet.
+"""What supervises and what mixes (Token Labeling, arXiv 2104.10858, Table 2), and targets that follow the tokens
+(TL-Align, arXiv 2210.06455, Table 2), on 50 classes of Tiny ImageNet.
 
     python -m jobs.experiments.tiny_imagenet --data ../shared/data/tiny-imagenet-50 --out runs/tiny --scale reduced
 
 A small convolutional teacher is trained with hard labels on all training images and labels them; the labels are held
-against annotated boxes; the same small LV-ViT is then trained with every supervision and both ways of mixing, from the
-same seeds and by the same schedule. Repeated, the command goes on where it was stopped and keeps what is finished.
+against annotated boxes; the same small LV-ViT is then trained with every supervision and way of mixing, from the same
+seeds and by the same schedule. Repeated, the command goes on where it was stopped and keeps what is finished.
 
 On cores that others use too, run it with OMP_WAIT_POLICY=passive: threads that spin while they wait for one that has
 lost its core make steps ten times slower.
@@ -25,7 +26,7 @@ from annotate.progress import ProgressBar
 from annotate.schedule import Job, run_inline
 from annotate.shard import AnnotateConfig
 from annotate.teachers import TeacherSpec
-from jobs.config import DataConfig, Mix, ModelConfig, RunConfig, Supervision
+from jobs.config import AlignConfig, AlignMethod, DataConfig, Mix, ModelConfig, RunConfig, Supervision
 from jobs.experiments.localisation import Localisation, localise_store, read_boxes
 from jobs.experiments.scales import FULL, IMAGE_SIZE_PX, PATCH_SIZE_PX, REDUCED, Course, Scale
 from jobs.overrides import as_dict, differences, from_dict
@@ -40,9 +41,26 @@ from tokenlabels.trainer import LossConfig, OptimizerConfig, ScheduleConfig, Tra
 from tokenlabels.trainer.checkpoint import CONFIG_FILE, LAST_FILE, read_checkpoint
 from tokenlabels.trainer.logs import EPOCHS_FILE
 
-SUPERVISIONS: dict[Supervision, str] = {"token": "token labels", "relabel": "ReLabel", "hard": "hard labels"}
 MIXES: dict[Mix, str] = {"mixtoken": "MixToken", "cutmix": "CutMix"}
-"""Rows and columns of the table, with their titles."""
+"""Columns of the table, with their titles."""
+
+
+class Row(NamedTuple):
+    """A row of the table: what targets are made of, and how the shares of mixed images are found."""
+
+    title: str
+    supervision: Supervision
+    align: AlignMethod | None = None
+
+
+ROWS = (
+    Row("token labels", "token"),
+    Row("ReLabel", "relabel"),
+    Row("hard labels", "hard"),
+    Row("hard labels, TransMix", "hard", "transmix"),
+    Row("hard labels, TL-Align", "hard", "tl_align"),
+    Row("token labels, TL-Align for every token", "token", "tl_align"),
+)
 
 
 class Arm(NamedTuple):
@@ -50,9 +68,18 @@ class Arm(NamedTuple):
 
     supervision: Supervision
     mix: Mix
+    align: AlignMethod | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the folders of its runs."""
+        return "-".join(filter(None, self))
 
 
-ARMS = tuple(Arm(*pair) for pair in product(SUPERVISIONS, MIXES))
+# Labels follow pixels that are mixed: not MixToken.
+ARMS = tuple(
+    Arm(row.supervision, mix, row.align) for row in ROWS for mix in MIXES if row.align is None or mix != "mixtoken"
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +125,8 @@ class Study:
         labels = str(self.out / "labels")
         data = DataConfig(self.train[: self.scale.num_tars], labels, supervision=arm.supervision, mix=arm.mix)
         model = ModelConfig("lvvit_t", args={"patch_size": PATCH_SIZE_PX} | self.scale.student)
-        return self._config(self.scale.student_course, model, data, smoothing=0.1, seed=seed)
+        config = self._config(self.scale.student_course, model, data, smoothing=0.1, seed=seed)
+        return replace(config, align=AlignConfig(arm.align))
 
     def _config(
         self, course: Course, model: ModelConfig, data: DataConfig, *, smoothing: float, seed: int
@@ -129,12 +157,13 @@ class StudentResult:
     """One run of one arm.
 
     Attributes:
-        supervision, mix, seed: which.
+        supervision, mix, align, seed: which.
         top1: share of the validation images that are right after the last epoch, 0..1.
     """
 
     supervision: Supervision
     mix: Mix
+    align: AlignMethod | None
     seed: int
     top1: float
 
@@ -160,10 +189,10 @@ class Results:
     students: tuple[StudentResult, ...]
 
     def as_markdown(self) -> str:
-        """A table of supervisions and ways of mixing, and what has to be known to read it."""
+        """A table of targets and ways of mixing, and what has to be known to read it."""
         scale, course, found = self.scale, self.scale.student_course, self.localisation
-        rows = [[title, *(self._cell(Arm(name, mix)) for mix in MIXES)] for name, title in SUPERVISIONS.items()]
-        head = ["supervision", *MIXES.values()]
+        rows = [[row.title, *(self._cell(Arm(row.supervision, mix, row.align)) for mix in MIXES)] for row in ROWS]
+        head = ["targets", *MIXES.values()]
         table = "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
         student = ", ".join(f"{name} {value}" for name, value in scale.student.items())
         return (
@@ -180,7 +209,9 @@ class Results:
         )
 
     def _cell(self, arm: Arm) -> str:
-        top1 = [100 * run.top1 for run in self.students if (run.supervision, run.mix) == arm]
+        top1 = [100 * run.top1 for run in self.students if (run.supervision, run.mix, run.align) == arm]
+        if not top1:
+            return "-"
         seeds = "1 seed" if len(top1) == 1 else f"{len(top1)} seeds"
         return f"{fmean(top1):.1f} ± {(max(top1) - min(top1)) / 2:.1f} ({seeds})"
 
@@ -193,7 +224,7 @@ def run(study: Study) -> Results:
     boxes = read_boxes(study.data / "boxes.json", IMAGE_SIZE_PX)
     localisation = localise_store(open_store(study.out / "labels"), class_of, boxes)
     students = [
-        StudentResult(*arm, seed, finish(study.student_config(arm, seed), study.out / "-".join([*arm, f"seed{seed}"])))
+        StudentResult(*arm, seed, finish(study.student_config(arm, seed), study.out / f"{arm.name}-seed{seed}"))
         for seed, arm in product(study.scale.seeds, ARMS)
     ]
     num_images = len(study.classes_of(study.train[: study.scale.num_tars]))
@@ -259,7 +290,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for runs, labels and results.")],
     scale: Annotated[Literal["reduced", "full"], typer.Option(help="reduced: two cores. full: a GPU.")] = "reduced",
 ) -> None:
-    """Compare supervisions and ways of mixing on Tiny ImageNet. Run it again to go on where it stopped."""
+    """Compare targets and ways of mixing on Tiny ImageNet. Run it again to go on where it stopped."""
     study = Study(data, out, {"reduced": REDUCED, "full": FULL}[scale])
     with show_stops():
         results = run(study)

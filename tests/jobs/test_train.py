@@ -48,6 +48,15 @@ def test_what_a_run_leaves(make_run: MakeRun, tmp_path: Path) -> None:
         pytest.param("deit_s_token_labels", ("model.name=test_vit", "model.args={}"), id="a ViT of timm"),
         pytest.param("resnest50_token_labels", ("model.name=test_resnet", "model.args={}"), id="convolutions"),
         pytest.param("lvvit_t", ("trainer.ema_decay=none", "trainer.optimizer.name=sgd"), id="SGD without average"),
+        pytest.param("deit_s_tl_align", ("model.name=test_vit", "model.args={}"), id="TL-Align"),
+        pytest.param("deit_s_random_tl_align", ("model.name=test_vit", "model.args={}"), id="TL-Align, random patches"),
+        pytest.param("deit_s_transmix", ("model.name=test_vit", "model.args={}"), id="TransMix"),
+        pytest.param("lvvit_t", ("data.mix=cutmix", "align.method=tl_align"), id="TL-Align of every token, LV-ViT"),
+        pytest.param(
+            "deit_s_token_labels",
+            ("model.name=test_vit", "model.args={}", "data.mix=mixup", "align.method=tl_align"),
+            id="TL-Align of every token, ViT",
+        ),
     ],
 )
 def test_every_kind_of_run(make_run: MakeRun, tmp_path: Path, recipe: str, settings: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loaders import TokenLabelBatch
 from loaders.device import Mix
+from loaders.options import Supervision
 from loaders.plan import EpochPlan
 from tests.loaders.batches import (
     RAND_AUGMENT,
@@ -217,6 +218,25 @@ def test_mixing_is_the_plan_on_what_was_not_mixed(photos: Photos, mix: Mix, augm
         expected = plain.images if mix == "mixtoken" else batch.plan.mix(plain.images)
         changed = {"images": expected, "plan": batch.plan, "targets": batch.targets, "is_mixed": mix != "mixtoken"}
         assert_same(batch, replace(plain, **changed))
+
+
+@pytest.mark.parametrize("supervision", ["token", "hard"])
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "random", "blockwise"])
+def test_targets_are_left_to_the_model(photos: Photos, mix: Mix, supervision: Supervision) -> None:
+    mixed = loader_of(photos, mix=mix, supervision=supervision)
+    unmixed = loader_of(photos, mix=mix, supervision=supervision, mix_targets=False)
+    for batch, expected in zip(unmixed, mixed, strict=True):
+        assert (batch.is_mixed, batch.has_mixed_targets, expected.has_mixed_targets) == (True, False, True)
+        assert batch.plan is not None
+        assert batch.targets is not None
+        targets = batch.plan.mix_targets(batch.targets)
+        assert_same(replace(batch, targets=targets, has_mixed_targets=True), expected)
+
+
+@pytest.mark.parametrize("mix", [None, "mixtoken"])
+def test_no_model_finds_shares_without_mixed_pixels(photos: Photos, mix: Mix | None) -> None:
+    with pytest.raises(ValueError, match=f"mix_targets=False .* needs images that are mixed here.*got {mix!r}"):
+        loader_of(photos, mix=mix, mix_targets=False)
 
 
 def test_no_sample_is_mixed_with_probability_0(photos: Photos) -> None:

@@ -11,6 +11,7 @@ from tokenlabels.cli.demo import demo
 from tokenlabels.cli.doctor import doctor
 from tokenlabels.cli.exchange import export_labels, import_labels
 from tokenlabels.cli.labels import inspect, verify
+from tokenlabels.cli.show import show
 from tokenlabels.cli.train import train
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command()(demo)
 app.command()(annotate)
 app.command()(verify)
 app.command()(inspect)
+app.command()(show)
 app.command("import")(import_labels)
 app.command("export")(export_labels)
 app.command()(train)

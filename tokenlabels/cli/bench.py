@@ -95,6 +95,29 @@ def bench_train(
         typer.echo(measure(model, batch_size, join_ranks(device), precision=precision, steps=steps, rounds=rounds))
 
 
+@bench.command("align")
+@show_user_errors
+def bench_align(
+    models: Annotated[
+        list[str] | None, typer.Option(help="deit_s, deit_s_384 or swin_t; several are measured. [default: all]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of a step.", min=2)] = 8,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the forward pass.")] = "fp32",
+    steps: Annotated[int, typer.Option(help="Steps of a round.", min=1)] = 2,
+    device: DeviceOption = "auto",
+    rounds: Rounds = 5,
+) -> None:
+    """A training step with TL-Align, by every backend and as published, against the plain model; what differs."""
+    with needs_checkout("the published way to compare with"):
+        from jobs.bench.align import bench_align as measure
+        from jobs.bench.align import find_cases
+    from tokenlabels.trainer.ranks import join_ranks
+
+    place = join_ranks(device)
+    for name, case in find_cases(models).items():
+        typer.echo(measure(name, case, batch_size, place, precision=precision, steps=steps, rounds=rounds))
+
+
 @bench.command("loader")
 @show_user_errors
 def bench_loader(

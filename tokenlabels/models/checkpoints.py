@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from timm.layers import resample_abs_pos_embed
 from timm.models import load_state_dict
@@ -16,22 +17,27 @@ class CheckpointError(ValueError):
     """A file cannot be read as a checkpoint, or is one of another model; the message names the file."""
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, *, use_ema: bool = True, take_classes: bool = False) -> None:
     """Load weights strictly: every tensor of the model from the file, and none left over.
 
     Takes a state dict or a training checkpoint (.pth, .pt, .pth.tar, .safetensors) with or without the ``module.`` of
-    distributed training. Position embeddings of another image size are resampled, see `fit_positions`.
+    distributed training, and of a model inside `TLAlign` or `DenseClassifier`, see `unwrapped`. Position embeddings of
+    another image size are resampled, see `fit_positions`.
 
     Args:
         model: on any device.
         path: the file.
         use_ema: take the averaged weights where the file holds both.
+        take_classes: give the model, of timm, a classifier for as many classes as the file has.
 
     Raises:
         CheckpointError: there is no such file, it holds no state dict, or one of another model or number of classes.
     """
     path = Path(path)
-    state = fit_positions(model, read_state_dict(path, use_ema=use_ema), str(path))
+    state = unwrapped(model, read_state_dict(path, use_ema=use_ema))
+    if take_classes:
+        _take_classes(model, state)
+    state = fit_positions(model, state, str(path))
     load_strictly(model, state, source=str(path), name=type(model).__name__)
 
 
@@ -60,6 +66,20 @@ def read_state_dict(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: holds no state dict, which maps names to tensors")
     return state
+
+
+def unwrapped(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of a state dict that was saved with one or two wrappers around it.
+
+    `TLAlign` and `DenseClassifier` keep their model below ``model.``. If all names of this model are found there, they
+    are taken, and what a wrapper has beside its model, a classifier of tokens, is left out. Otherwise the state dict is
+    returned as it is.
+    """
+    own = model.state_dict().keys()
+    for prefix in ("", "model.", "model.model."):
+        if all(prefix + name in state for name in own):
+            return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return dict(state)
 
 
 def fit_positions(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -100,6 +120,14 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str,
     if shown:  # asked before: torch would copy what fits, and then raise
         raise CheckpointError(f"{source} does not fit {name}: {_classes(model, state)}{shown}")
     model.load_state_dict(state, strict=True)
+
+
+def _take_classes(model: Any, state: Mapping[str, Tensor]) -> None:
+    """A classifier for as many classes as the state dict has, if it tells."""
+    classifier = model.default_cfg["classifier"]
+    name = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    if name in state and len(state[name]) != model.num_classes:
+        model.reset_classifier(len(state[name]))
 
 
 def _resampled(embedded: nn.Module, positions: Tensor, source: str) -> Tensor:

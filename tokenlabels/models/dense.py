@@ -88,7 +88,10 @@ class DenseClassifier(nn.Module):
                 f"images must be [B, C, {height}, {width}], got {describe(images)}; resize them, or build "
                 "DenseClassifier(model, image_size) for their size"
             )
-        features = self._features(images, plan)
+        return self.classify(self._features(images, plan))
+
+    def classify(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model's `forward_features` returned -> logits of images [B, K] and of tokens [B, N, K]."""
         image_logits = self.model.forward_head(features)  # type: ignore[operator]
         if isinstance(image_logits, tuple):  # of the class token and the distillation token, whose mean timm evaluates
             image_logits = (image_logits[0] + image_logits[1]) / 2

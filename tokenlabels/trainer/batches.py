@@ -34,6 +34,10 @@ class TrainingBatch(Protocol):
         """Whether the images are mixed already (CutMix). The model mixes its patch embedding otherwise (MixToken)."""
 
     @property
+    def has_mixed_targets(self) -> bool:
+        """Whether the targets are those of the mixed images. `TLAlign` needs those of the images themselves."""
+
+    @property
     def keys(self) -> Sequence[str]:
         """Names of the samples, for messages."""
 

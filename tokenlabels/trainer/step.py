@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from tokenlabels.align import TLAlign
 from tokenlabels.losses import token_label_loss
 from tokenlabels.trainer.batches import TrainingBatch
 from tokenlabels.trainer.config import TrainerConfig
@@ -30,8 +31,8 @@ def batch_loss(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) ->
 
     Args:
         model: gives (image logits, token logits) for targets with tokens, image logits for others; called with the
-            plan too where it mixes its patch embedding.
-        batch: its targets are mixed already.
+            plan too where it mixes its patch embedding, or finds the shares that targets are mixed by (`TLAlign`).
+        batch: its targets are mixed already, but for `TLAlign`.
         config: of the loss.
 
     Raises:
@@ -40,12 +41,18 @@ def batch_loss(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) ->
     if batch.targets is None:
         raise ValueError("the batches have no targets: give the loader labels, or num_classes for hard labels")
     images = batch.images.contiguous(memory_format=torch.channels_last) if config.channels_last else batch.images
-    outputs = model(images) if batch.plan is None or batch.is_mixed else model(images, batch.plan)
+    targets = batch.targets
+    if isinstance(unwrapped(model), TLAlign):
+        assert batch.plan is not None, "check_batch refuses such batches"
+        outputs, share, token_share = model(images, batch.plan, return_token_share=True)
+        targets = batch.plan.mix_targets(targets, share, None if targets.grid is None else token_share)
+    else:
+        outputs = model(images) if batch.plan is None or batch.is_mixed else model(images, batch.plan)
     image_logits, token_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
     return token_label_loss(
         image_logits,
         token_logits,
-        batch.targets.smooth(config.loss.smoothing),
+        targets.smooth(config.loss.smoothing),
         image_weight=config.loss.image_weight,
         dense_weight=config.loss.dense_weight,
         keep_tokens=config.loss.keep_tokens,

@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from tokenlabels.align import TLAlign
 from tokenlabels.models import CheckpointError, DenseClassifier, LVViT, load_checkpoint
 
 MakeLVViT = Callable[..., LVViT]
@@ -119,6 +120,59 @@ def test_position_embeddings_of_no_square_are_refused(make_lvvit: MakeLVViT, tmp
     torch.save(make_lvvit(img_size=(32, 48)).state_dict(), tmp_path / "lvvit.pth")
     with pytest.raises(CheckpointError, match="no square grid"):
         load_checkpoint(make_lvvit(img_size=64), tmp_path / "lvvit.pth")
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "TLAlign": TLAlign,
+    "DenseClassifier": lambda model: DenseClassifier(model, 32),
+    "both": lambda model: TLAlign(DenseClassifier(model, 32)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_model_inside_wrappers_loads(tmp_path: Path, wrapper: str, form: str) -> None:
+    source, model = (timm.create_model("test_vit", img_size=32, num_classes=5) for _ in range(2))
+    torch.save(FORMS[form](WRAPPERS[wrapper](source).state_dict()), tmp_path / "best.pt")
+    load_checkpoint(model, tmp_path / "best.pt")
+    for name, tensor in source.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_a_student_with_token_classifier_comes_out_of_its_wrapper(make_lvvit: MakeLVViT, tmp_path: Path) -> None:
+    source, model = make_lvvit(), make_lvvit(depth=2)
+    torch.save(averaged(TLAlign(source).state_dict()), tmp_path / "best.pt")
+    load_checkpoint(model, tmp_path / "best.pt")
+    assert model.aux_head is not None
+    torch.testing.assert_close(model.aux_head.weight, averaged(source.state_dict())["aux_head.weight"])
+
+
+def test_wrappers_load_their_own_checkpoints(tmp_path: Path) -> None:
+    source, other = (TLAlign(DenseClassifier(timm.create_model("test_vit", img_size=32), 32)) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "best.pt")
+    load_checkpoint(other, tmp_path / "best.pt")
+    load_checkpoint(other.model, tmp_path / "best.pt")
+    torch.testing.assert_close(other.aux_head.weight, source.aux_head.weight, rtol=0, atol=0)
+
+
+def test_other_models_inside_wrappers_are_refused(make_lvvit: MakeLVViT, tmp_path: Path) -> None:
+    torch.save(TLAlign(make_lvvit()).state_dict(), tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match=r"not of this model \(blocks\.1\."):
+        load_checkpoint(make_lvvit(depth=1), tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match="tensors missing"):
+        load_checkpoint(make_lvvit(depth=3), tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_the_number_of_classes_is_taken_over_if_asked(tmp_path: Path, name: str) -> None:
+    source, model = timm.create_model(name, num_classes=6), timm.create_model(name)
+    torch.save(TLAlign(source).state_dict(), tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match="it has 6 classes, the model 1000"):
+        load_checkpoint(model, tmp_path / "best.pt")
+    load_checkpoint(model, tmp_path / "best.pt", take_classes=True)
+    assert model.num_classes == 6
+    for tensor_name, tensor in source.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[tensor_name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ class Batch:
     targets: tl.TokenTargets | None
     plan: tl.MixPlan | None
     is_mixed: bool
+    has_mixed_targets: bool
     labels: Tensor
     keys: tuple[str, ...]
 
@@ -40,7 +41,7 @@ def make_batch(seed: int, num_samples: int = 4, *, mix: bool = True, **changes: 
     if plan is not None:
         targets = plan.mix_targets(targets)
     keys = tuple(f"batch{seed}/sample{number}" for number in range(num_samples))
-    return replace(Batch(images, targets, plan, False, labels, keys), **changes)
+    return replace(Batch(images, targets, plan, False, True, labels, keys), **changes)
 
 
 @dataclass

@@ -1,50 +1,15 @@
-"""The runs of Token Labeling (arXiv 2104.10858), each a function that returns its whole config.
+"""The runs of Token Labeling (arXiv 2104.10858).
 
-``python -m jobs.train --list`` prints them; paths of images and labels are left to ``--set``. Tables and figures are
-the paper's, Table S1 is the first of its supplement (also the paper's Table 7), and "published" is what the README of
-https://github.com/zihangJiang/TokenLabeling has. The number in a run's line is the top-1 accuracy on ImageNet that is
-reported there, in per cent.
+Tables and figures are the paper's, Table S1 is the first of its supplement (also the paper's Table 7), and "published"
+is what the README of https://github.com/zihangJiang/TokenLabeling has.
 
 What is not changed here is the default of `RunConfig`: the column "Token labeling" of Table S1, with MixToken.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from difflib import get_close_matches
 
 from jobs.config import Mix, ModelConfig, RunConfig
-
-Recipe = Callable[[], RunConfig]
-
-RECIPES: dict[str, Recipe] = {}
-"""All runs by name."""
-
-_FINE_TUNING: set[str] = set()
-
-
-def get_recipe(name: str) -> Recipe:
-    """The run of this name.
-
-    Raises:
-        ValueError: there is none; the message has the nearest names.
-    """
-    if name not in RECIPES:
-        nearest = ", ".join(get_close_matches(name, RECIPES, n=4, cutoff=0.5))
-        raise ValueError(
-            f"there is no recipe {name!r}{nearest and f'; the nearest names are {nearest}'}; "
-            "`python -m jobs.train --list` prints all"
-        )
-    return RECIPES[name]
-
-
-def needs_init(name: str) -> bool:
-    """Whether a run goes on from a checkpoint, so that ``model.init``, which its recipe cannot know, must be set."""
-    return name in _FINE_TUNING
-
-
-def _recipe(make: Recipe) -> Recipe:
-    RECIPES[make.__name__] = make
-    return make
+from jobs.recipes.registry import Recipe, fine_tunes, recipe
 
 
 def _fine_tuning(base: Recipe, image_size: int, result: str) -> None:
@@ -56,8 +21,7 @@ def _fine_tuning(base: Recipe, image_size: int, result: str) -> None:
     title = f"LV-ViT-{base.__name__[-1].upper()}"
     make.__name__ = f"{base.__name__}_{image_size}"
     make.__doc__ = f"{title} fine-tuned at {image_size} px{result}."
-    _FINE_TUNING.add(make.__name__)
-    _recipe(make)
+    fine_tunes(make)
 
 
 def _model(name: str, drop_path: float = 0.1, image_size: int = 224) -> RunConfig:
@@ -101,31 +65,32 @@ def _fine_tuned(config: RunConfig, image_size: int) -> RunConfig:
         optimizer=replace(config.trainer.optimizer, weight_decay=1e-8),
         schedule=replace(config.trainer.schedule, epochs=30, min_lr=5e-6),
     )
-    return RunConfig(replace(config.model, image_size=image_size), replace(config.data, batch_size=512), trainer)
+    model, data = replace(config.model, image_size=image_size), replace(config.data, batch_size=512)
+    return replace(config, model=model, data=data, trainer=trainer)
 
 
 # Tables 1 and 4: token labels and MixToken, from scratch. The rates of stochastic depth are published.
 
 
-@_recipe
+@recipe
 def lvvit_t() -> RunConfig:
     """LV-ViT-T with token labels: 79.1 (Table 1)."""
     return _model("lvvit_t")
 
 
-@_recipe
+@recipe
 def lvvit_s() -> RunConfig:
     """LV-ViT-S with token labels: 83.3 (Tables 1 to 4)."""
     return _model("lvvit_s")
 
 
-@_recipe
+@recipe
 def lvvit_m() -> RunConfig:
     """LV-ViT-M with token labels: 84.1 (Tables 1 and 4)."""
     return _model("lvvit_m", drop_path=0.2)
 
 
-@_recipe
+@recipe
 def lvvit_l() -> RunConfig:
     """LV-ViT-L with token labels at 288 px: 85.3 (Tables 1 and 4)."""
     # Published with 224 px, this learning rate and this RandAugment; the paper trains at 288.
@@ -153,25 +118,25 @@ for _base, _results in _FINE_TUNED.items():
 # Table 2: what supervises, and what mixes. lvvit_s is its first row.
 
 
-@_recipe
+@recipe
 def relabel() -> RunConfig:
     """LV-ViT-S with ReLabel and MixToken: 83.0 (Table 2)."""
     return _relabel(lvvit_s(), "mixtoken")
 
 
-@_recipe
+@recipe
 def relabel_cutmix() -> RunConfig:
     """LV-ViT-S with ReLabel and CutMix: 82.8 (Table 2)."""
     return _relabel(lvvit_s(), "cutmix")
 
 
-@_recipe
+@recipe
 def hard_labels() -> RunConfig:
     """LV-ViT-S with ImageNet's labels and MixToken: 82.5 (Table 2)."""
     return _hard(lvvit_s(), "mixtoken")
 
 
-@_recipe
+@recipe
 def hard_labels_cutmix() -> RunConfig:
     """LV-ViT-S with ImageNet's labels and CutMix: 82.4 (Table 2)."""
     return _hard(lvvit_s(), "cutmix")
@@ -180,27 +145,27 @@ def hard_labels_cutmix() -> RunConfig:
 # Table 3: what augments. lvvit_s is its first row.
 
 
-@_recipe
+@recipe
 def lvvit_s_no_mix() -> RunConfig:
     """LV-ViT-S with token labels, without MixToken: 81.3 (Table 3)."""
     return _mixed(lvvit_s(), None)
 
 
-@_recipe
+@recipe
 def lvvit_s_mixtoken_mixup() -> RunConfig:
     """LV-ViT-S with token labels, MixToken and MixUp: 83.1 (Table 3)."""
     # The paper has one alpha of MixUp, that of the column "Standard" of Table S1.
     return _mixed(lvvit_s(), "mixtoken", mixup_alpha=0.8)
 
 
-@_recipe
+@recipe
 def lvvit_s_no_erasing() -> RunConfig:
     """LV-ViT-S with token labels, without Random Erasing ("CutOut"): 83.0 (Table 3)."""
     config = lvvit_s()
     return replace(config, data=replace(config.data, erase_prob=0.0))
 
 
-@_recipe
+@recipe
 def lvvit_s_no_rand_augment() -> RunConfig:
     """LV-ViT-S with token labels, without RandAugment: 82.8 (Table 3)."""
     config = lvvit_s()
@@ -210,25 +175,25 @@ def lvvit_s_no_rand_augment() -> RunConfig:
 # Figure 4, left: the token participation rate. lvvit_s is 100 %; LV-ViT-M is lvvit_m with another loss.keep_tokens.
 
 
-@_recipe
+@recipe
 def lvvit_s_tokens_20() -> RunConfig:
     """LV-ViT-S with token labels for 20 % of the tokens: 0.5 below all of them (Figure 4)."""
     return _with_tokens(lvvit_s(), 0.2)
 
 
-@_recipe
+@recipe
 def lvvit_s_tokens_40() -> RunConfig:
     """LV-ViT-S with token labels for 40 % of the tokens (Figure 4)."""
     return _with_tokens(lvvit_s(), 0.4)
 
 
-@_recipe
+@recipe
 def lvvit_s_tokens_60() -> RunConfig:
     """LV-ViT-S with token labels for 60 % of the tokens (Figure 4)."""
     return _with_tokens(lvvit_s(), 0.6)
 
 
-@_recipe
+@recipe
 def lvvit_s_tokens_80() -> RunConfig:
     """LV-ViT-S with token labels for 80 % of the tokens (Figure 4)."""
     return _with_tokens(lvvit_s(), 0.8)
@@ -237,55 +202,55 @@ def lvvit_s_tokens_80() -> RunConfig:
 # Figure 5 and Table 11: other models. A ResNeSt has no patch embedding whose output could be mixed.
 
 
-@_recipe
+@recipe
 def deit_s_token_labels() -> RunConfig:
     """DeiT-S with token labels (Figure 5)."""
     return _model("deit_small_patch16_224")
 
 
-@_recipe
+@recipe
 def mixer_s16_token_labels() -> RunConfig:
     """Mixer-S/16 with token labels: 76.1 (Table 11)."""
     return _model("mixer_s16_224")
 
 
-@_recipe
+@recipe
 def mixer_s16_hard_labels() -> RunConfig:
     """Mixer-S/16 with ImageNet's labels: 75.6 (Table 11)."""
     return _hard(_model("mixer_s16_224"), "cutmix")
 
 
-@_recipe
+@recipe
 def mixer_b16_token_labels() -> RunConfig:
     """Mixer-B/16 with token labels: 79.5 (Table 11)."""
     return _model("mixer_b16_224")
 
 
-@_recipe
+@recipe
 def mixer_b16_hard_labels() -> RunConfig:
     """Mixer-B/16 with ImageNet's labels: 78.3 (Table 11)."""
     return _hard(_model("mixer_b16_224"), "cutmix")
 
 
-@_recipe
+@recipe
 def mixer_l16_token_labels() -> RunConfig:
     """Mixer-L/16 with token labels: 80.1 (Table 11)."""
     return _model("mixer_l16_224")
 
 
-@_recipe
+@recipe
 def mixer_l16_hard_labels() -> RunConfig:
     """Mixer-L/16 with ImageNet's labels: 77.7 (Table 11)."""
     return _hard(_model("mixer_l16_224"), "cutmix")
 
 
-@_recipe
+@recipe
 def resnest50_token_labels() -> RunConfig:
     """ResNeSt-50 with token labels: 81.5 (Table 11)."""
     return _mixed(_model("resnest50d"), "cutmix")
 
 
-@_recipe
+@recipe
 def resnest50_hard_labels() -> RunConfig:
     """ResNeSt-50 with ImageNet's labels: 80.9 (Table 11)."""
     return _hard(_model("resnest50d"), "cutmix")
