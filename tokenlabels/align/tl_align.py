@@ -110,6 +110,8 @@ class TLAlign(nn.Module):
             ValueError: the plan does not fit the images, or their sides are no multiples of the grid of tokens.
         """
         plan.check_images(images)
+        if isinstance(self.model, DenseClassifier):
+            self.model.check_images(images)
 
         def labels_of(grid: Grid, num_prefix_tokens: int) -> Tensor:
             _check_grid(images, grid)

@@ -27,7 +27,7 @@ def transmix(
 
     Args:
         attention: floating, of the class token to the patch tokens, row-major: [B, N], or [B, h, N] of several heads,
-            which are averaged. It need not sum to one.
+            which are averaged. It need not sum to one. Without any, the share is that by area.
         plan: who is mixed with whom, and where.
         grid: rows and columns of the patch tokens; None is a square.
         area_weight: of the share by area, 0..1. The paper has none, its code 0.5. MixUp is not changed either way: all
@@ -52,8 +52,7 @@ def transmix(
         weights = attention.float()
         weights = weights.mean(dim=1) if weights.ndim == 3 else weights
         own = plan.coverage(_grid(grid, weights.shape[1])).flatten(1)
-        share = (weights * own).sum(dim=1) / weights.sum(dim=1)
-        return (1 - area_weight) * share + area_weight * plan.share()
+        return _share((weights * own).sum(dim=1), weights.sum(dim=1), plan.share(), area_weight)
 
 
 class TransMix(TLAlign):
@@ -91,8 +90,13 @@ class TransMix(TLAlign):
 
     def _shares(self, features: Features, plan: MixPlan) -> tuple[Tensor, Tensor]:
         own, everything = self.classified(features).unbind(dim=-1)
-        share = (1 - self.area_weight) * own / everything + self.area_weight * plan.share()
+        share = _share(own, everything, plan.share(), self.area_weight)
         return share.clamp(0, 1), plan.coverage(features.grid).flatten(1)
+
+
+def _share(own: Tensor, everything: Tensor, by_area: Tensor, area_weight: float) -> Tensor:
+    share = torch.where(everything > 0, own / everything, by_area)
+    return (1 - area_weight) * share + area_weight * by_area
 
 
 def _grid(grid: Sequence[int] | None, num_tokens: int) -> Grid:

@@ -82,13 +82,21 @@ class DenseClassifier(nn.Module):
             ValueError: images of another size, a plan of another grid or number of samples, or a plan for a model
                 without patch embedding.
         """
+        self.check_images(images)
+        return self.classify(self._features(images, plan))
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images of another size.
+
+        Raises:
+            ValueError: they are not [B, C, *image_size].
+        """
         if images.ndim != 4 or tuple(images.shape[2:]) != self.image_size:
             height, width = self.image_size
             raise ValueError(
                 f"images must be [B, C, {height}, {width}], got {describe(images)}; resize them, or build "
                 "DenseClassifier(model, image_size) for their size"
             )
-        return self.classify(self._features(images, plan))
 
     def classify(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """What the model's `forward_features` returned -> logits of images [B, K] and of tokens [B, N, K]."""

@@ -52,7 +52,10 @@ CASES: dict[str, tuple[Callable[..., nn.Module], tuple[int, int]]] = {
     "pvt-linear": (partial(PyramidVisionTransformerV2, **PVT, linear=True), (48, 40)),
     "mixer": (partial(MlpMixer, img_size=(32, 48), patch_size=8, num_blocks=3, embed_dim=24), (32, 48)),
     "convnext": (partial(ConvNeXt, **CONVNEXT, ls_init_value=0.5), (72, 56)),
-    "convnext2": (partial(ConvNeXt, **CONVNEXT, use_grn=True, ls_init_value=None, conv_mlp=True), (64, 48)),
+    "convnext2": (
+        partial(ConvNeXt, **CONVNEXT, use_grn=True, ls_init_value=None, conv_mlp=True, head_norm_first=True),
+        (64, 48),
+    ),
 }
 ATTENTION = [case for case in CASES if case != "mixer" and not case.startswith("convnext")]
 ONE_OF_EACH = ["vit", "distilled", "lvvit", "swin-padded", "swin2", "pvt", "pvt-linear", "mixer", "convnext"]

@@ -1,5 +1,6 @@
 """Logits and gradients of `TLAlign` are the plain model's, whatever training does: dropout, autocast, checkpointing."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.tokenlabels.align.cases import (
     mixed,
 )
 from tokenlabels.align import Backend, TLAlign
+from tokenlabels.align.families import find_family
 from tokenlabels.models import DenseClassifier
 
 BACKENDS: tuple[Backend, ...] = ("explicit", "second_call", "padded")
@@ -159,6 +161,20 @@ def test_checkpointing(case: str) -> None:
     model = build(case, **dropping(case))
     kept, _ = both(model, case)
     TLAlign(model).set_grad_checkpointing()
+    num_calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+
+    images, plan = mixed(case)
+    blocks = find_family(model).blocks(model)
+    with ExitStack() as hooks:
+        for block in blocks:
+            mlp = block.mlp_channels if case == "mixer" else block.mlp
+            hooks.enter_context(mlp.register_forward_pre_hook(count))
+        step(model, lambda: TLAlign(model, layers=(0,))(images, plan)[0])
+    assert num_calls == 2 * len(blocks), "whether labels follow or not"
     again, plain = both(model, case)
     assert_same(again, kept)
     assert_close(again, plain)

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import (
 )
 from torch import nn
 
-from tests.tokenlabels.align.cases import CASES, CONVNEXT, NUM_CLASSES, VIT, build, images_of, mixed
+from tests.tokenlabels.align.cases import CASES, NUM_CLASSES, VIT, build, images_of, mixed
 from tokenlabels.align import AlignmentError, TLAlign
 from tokenlabels.align.rules import block_rule, check_block
 from tokenlabels.mixing import MixPlan
@@ -136,6 +136,14 @@ def test_a_model_inside_a_dense_classifier() -> None:
         TLAlign(model)
 
 
+def test_images_of_another_size_than_the_dense_classifier_is_built_for() -> None:
+    """A model of any size would give other tokens than `grid` says."""
+    model = TLAlign(DenseClassifier(timm.create_model("pvt_v2_b0", num_classes=7), (64, 64)))
+    plan = MixPlan.cutmix(2, image_size=96, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"images must be \[B, C, 64, 64\], got float32 \[2, 3, 96, 96\]"):
+        model(torch.zeros(2, 3, 96, 96), plan)
+
+
 def test_one_block_of_another_kind_among_others() -> None:
     model = build("vit")
     model.blocks[2] = OwnBlock(24, 3)
@@ -222,8 +230,6 @@ def test_backends(backend: object) -> None:
         TLAlign(build("vit"), backend=backend)
 
 
-def test_convnext_of_other_arguments_is_not_refused() -> None:
-    """The cases above are refused for what they are called, not for being small."""
-    assert CONVNEXT["depths"] == (1, 1, 2, 1)
+def test_the_same_models_without_those_arguments_are_not_refused() -> None:
     for make in (vit(), mixer(), CASES["convnext"][0], CASES["swin"][0], CASES["pvt"][0]):
         assert TLAlign(make()).num_layers > 0

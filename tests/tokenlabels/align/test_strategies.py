@@ -107,14 +107,23 @@ def test_layers_and_normalization_of_table_8(layers: tuple[int, ...] | None, nor
     torch.testing.assert_close(share * y + (1 - share) * y[plan.partner], labels[:, 0], rtol=0, atol=1e-5)
 
 
-def test_layers_count_over_all_stages() -> None:
-    images, plan = mixed("swin")
-    with torch.no_grad():
-        last, third = (TLAlign(build("swin"), layers=layers)(images, plan)[1] for layers in [(-1,), (3,)])
-        second = TLAlign(build("swin"), layers=(1,))(images, plan)[1]
-    assert TLAlign(build("swin")).num_layers == 4
-    assert torch.equal(last, third)
-    assert not torch.allclose(last, second, atol=1e-4)
+@pytest.mark.parametrize("case", ["swin", "pvt", "convnext", "mixer"])
+@torch.no_grad()
+def test_layers_count_over_all_stages(case: str) -> None:
+    """Every block moves labels by its own number, and the last has the number -1."""
+    images, plan = mixed(case)
+    model = TLAlign(build(case))
+    followed = [None, *range(model.num_layers), -1]
+    shares = []
+    for layer in followed:
+        if layer is None:
+            features = model.align(images, plan, Alignment(layers=frozenset()))
+            shares.append(model.classified(features)[:, 0])
+        else:
+            shares.append(TLAlign(model.model, layers=(layer,))(images, plan)[1])
+    assert torch.equal(shares.pop(), shares[-1])
+    for number, share in enumerate(shares):
+        assert all((share - other).abs().max() > 1e-5 for other in shares[:number])
 
 
 def test_all_layers_in_any_order_are_the_default() -> None:

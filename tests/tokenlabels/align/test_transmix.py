@@ -64,6 +64,11 @@ def test_attention_to_one_token_takes_its_share() -> None:
         torch.testing.assert_close(transmix(attention, plan), plan.coverage((4, 4)).flatten(1)[:, token])
 
 
+def test_without_attention_the_area_is_left() -> None:
+    plan = MixPlan.cutmix(4, image_size=16, generator=seeded())
+    torch.testing.assert_close(transmix(torch.zeros(4, 16), plan), plan.share())
+
+
 def test_mixup_is_not_changed() -> None:
     plan = MixPlan.mixup(4, generator=seeded())
     torch.testing.assert_close(transmix(torch.rand(4, 16), plan), plan.share())
