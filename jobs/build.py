@@ -13,6 +13,7 @@ from jobs.config import RunConfig
 from loaders import EvaluationLoader, TokenLabelLoader
 from loaders.options import PATCH_SIZE_PX, num_threads
 from tokenlabels.align import TLAlign, TransMix
+from tokenlabels.checks import Grid
 from tokenlabels.models import DenseClassifier, LVViT, load_checkpoint
 from tokenlabels.store import LabelStore, open_store
 from tokenlabels.trainer.ranks import rank_and_world_size
@@ -137,8 +138,7 @@ def _train_loader(
         store,
         image_size=config.model.image_size,
         batch_size=batch_size_per_rank(config),
-        # Without tokens of its own a model asks for no grid; patches that are mixed at random are of 16 pixels then.
-        grid=getattr(model, "grid", None) or ((1, 1) if config.model.image_size % PATCH_SIZE_PX else None),
+        grid=_grid(config, model),
         supervision=data.supervision,
         num_classes=data.num_classes,
         interpolate=data.interpolate,
@@ -157,6 +157,19 @@ def _train_loader(
         threads=_threads(config),
         index_dir=data.index_dir,
     )
+
+
+def _grid(config: RunConfig, model: nn.Module) -> Grid | None:
+    """Of the model's tokens. Without any nobody asks for it but patches that are mixed, which are of 16 pixels then."""
+    grid: Grid | None = getattr(model, "grid", None)
+    if grid is not None or config.model.image_size % PATCH_SIZE_PX == 0:
+        return grid
+    if config.data.mix in ("random", "blockwise"):
+        raise ValueError(
+            f"data.mix={config.data.mix} mixes patches of {PATCH_SIZE_PX} pixels, which images of "
+            f"{config.model.image_size} pixels have no whole number of; use a multiple (model.image_size), or cutmix"
+        )
+    return 1, 1
 
 
 def _val_loader(config: RunConfig, model: nn.Module, device: torch.device) -> EvaluationLoader | None:

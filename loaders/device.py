@@ -123,6 +123,8 @@ class DeviceStage:
         _check_channels("mean", self.mean, -math.inf)
         _check_channels("std", self.std, 0)
         check_choice("erase_mode", self.erase_mode, EraseMode)
+        if not isinstance(self.mix_targets, bool):
+            raise ValueError(f"mix_targets must be True or False, got {self.mix_targets!r}")
         if not self.mix_targets and (self.mixing is None or self.mixing.kind == "mixtoken"):
             raise ValueError(
                 "mix_targets=False leaves targets to TLAlign, which needs images that are mixed here: mix='cutmix', "

@@ -328,36 +328,41 @@ class MixPlan:
         Raises:
             ValueError: they are of another batch, size, layout or device.
         """
+        check_tensor("images", images)
+        if images.ndim != 4 or len(images) != len(self):
+            raise ValueError(f"{self._named()} cannot have mixed {describe(images)}; give [{len(self)}, C, H, W]")
         self._check_mixable(images)
-        if images.ndim != 4:
-            raise ValueError(f"images must be [{len(self)}, C, H, W], got {describe(images)}")
 
     def _check_mixable(self, x: Tensor) -> None:
         check_tensor("x", x)
         num_samples, height, width = self.own.shape
-        plan = f"a plan of {num_samples} samples with own {height}x{width}"
         if x.ndim not in (3, 4) or 0 in x.shape or len(x) != num_samples:
             wanted = f"images [{num_samples}, C, H, W] or tokens [{num_samples}, N, D]"
-            raise ValueError(f"{plan} mixes {wanted} without empty sides, got {describe(x)}")
+            raise ValueError(f"{self._named()} mixes {wanted} without empty sides, got {describe(x)}")
         if not x.is_floating_point():
             raise ValueError(f"only floating values can be mixed, got {describe(x)}; convert and normalise them first")
         if x.device != self.own.device:
             raise ValueError(f"the plan is on {self.own.device}, got {describe(x)}; move one of them with .to(device)")
         if x.ndim == 4 and x.shape[1:3] == (height, width) != x.shape[2:] and (height, width) != (1, 1):
             raise ValueError(
-                f"{plan} mixes images with channels first, got {describe(x)}, which looks like channels last; "
+                f"{self._named()} mixes images with channels first, got {describe(x)}, which looks like channels last; "
                 "flatten tokens [B, h, w, D] to [B, N, D], or permute"
             )
         if x.ndim == 4 and (x.shape[2] % height or x.shape[3] % width):
             raise ValueError(
-                f"{plan} mixes images whose sides are whole multiples of {height} and {width}, got {describe(x)}; "
-                "draw the plan for this size"
+                f"{self._named()} mixes images whose sides are whole multiples of {height} and {width}, got "
+                f"{describe(x)}; draw the plan for this size"
             )
         if x.ndim == 3 and (height, width) != (1, 1) and x.shape[1] != height * width:
             class_token = x.shape[1] == height * width + 1
             other_grid = "draw the plan on the grid of the tokens (MixPlan.mixtoken), or mix the images"
             advice = "mix before the class token is added" if class_token else other_grid
-            raise ValueError(f"{plan} mixes {height * width} tokens, got {describe(x)}; {advice}")
+            raise ValueError(f"{self._named()} mixes {height * width} tokens, got {describe(x)}; {advice}")
+
+    def _named(self) -> str:
+        """For messages; made for them alone, because compiled code would be made anew for every number in it."""
+        num_samples, height, width = self.own.shape
+        return f"a plan of {num_samples} samples with own {height}x{width}"
 
 
 def _overlaps(num_tokens: int, num_cells: int, device: torch.device) -> Tensor:

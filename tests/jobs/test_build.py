@@ -73,6 +73,15 @@ def test_convolutions_of_any_size_need_no_grid(make_run: MakeRun) -> None:
     assert batch.is_mixed
 
 
+@pytest.mark.parametrize("mix", ["random", "blockwise"])
+def test_sizes_without_whole_patches_to_mix(make_run: MakeRun, mix: str) -> None:
+    config = make_run(
+        "resnest50_hard_labels", *SMALL_CONVS, "data.mixup_alpha=0", f"data.mix={mix}", "model.image_size=40"
+    )
+    with pytest.raises(ValueError, match=f"data.mix={mix} mixes patches of 16 pixels, which images of 40 pixels"):
+        build_run(config, CPU)
+
+
 def test_seeds_make_weights(make_run: MakeRun) -> None:
     def weights(*settings: str) -> torch.Tensor:
         model = build_run(make_run("lvvit_t", *settings), CPU).model

@@ -308,5 +308,5 @@ class TestLayerShares:
             layer_shares(TransMix(vit()), images, plan)
         with pytest.raises(ValueError, match="a plan of 2 samples"):
             layer_shares(TLAlign(vit()), images[:1], plan)
-        with pytest.raises(ValueError, match="no whole pixels"):
+        with pytest.raises(ValueError, match="no whole patches"):
             layer_shares(TLAlign(convnext()), torch.randn(2, 3, 66, 66), MixPlan.mixup(2))

@@ -39,6 +39,7 @@ def attend(
     backend: Backend | None = None,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the main path, and the labels that it brings to the queries.
 
@@ -54,6 +55,8 @@ def attend(
         bias: added to the products, broadcast to [B, h, Q, M].
         dropout: probability, of the attention of the main path. "padded" then works as "second_call", because labels
             would be dropped too.
+        centred: whether half precision carries the labels' differences from their mean alone. Not for columns that are
+            divided by each other afterwards: those need a small relative error.
 
     Returns:
         [B, h, Q, D], and float32 [B, Q, C] without gradient.
@@ -64,8 +67,8 @@ def attend(
         weights = _weights(q, k, scale, bias)
         return functional.dropout(weights, dropout) @ v, _through(weights, labels)
     if backend == "padded" and not dropout:
-        return _padded(q, k, v, labels, scale, bias)
-    return _attended(q, k, v, scale, bias, dropout, fused), _second_call(q, k, labels, scale, bias)
+        return _padded(q, k, v, labels, scale, bias, centred)
+    return _attended(q, k, v, scale, bias, dropout, fused), _second_call(q, k, labels, scale, bias, centred)
 
 
 def _weights(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
@@ -89,20 +92,20 @@ def _through(weights: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _second_call(q: Tensor, k: Tensor, labels: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+def _second_call(q: Tensor, k: Tensor, labels: Tensor, scale: float, bias: Tensor | None, centred: bool) -> Tensor:
     # As wide as the heads, so that the kernel of the main path takes it, unless there are more labels.
-    values, mean = _values(labels, max(q.shape[-1], labels.shape[-1]), q)
+    values, mean = _values(labels, max(q.shape[-1], labels.shape[-1]), q, centred)
     bias = None if bias is None else bias.detach()
     moved = functional.scaled_dot_product_attention(q.detach(), k.detach(), values, attn_mask=bias, scale=scale)
     return _of_all_heads(moved[..., : labels.shape[-1]], mean)
 
 
 def _padded(
-    q: Tensor, k: Tensor, v: Tensor, labels: Tensor, scale: float, bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, labels: Tensor, scale: float, bias: Tensor | None, centred: bool
 ) -> tuple[Tensor, Tensor]:
     num_channels, num_columns = v.shape[-1], labels.shape[-1]
     width = -(-num_columns // _COLUMN_GROUP) * _COLUMN_GROUP
-    values, mean = _values(labels, width, v)
+    values, mean = _values(labels, width, v, centred)
     q, k = functional.pad(q, (0, width)), functional.pad(k, (0, width))
     v = torch.cat([v, values.to(v.dtype)], dim=-1)
     both = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
@@ -110,12 +113,12 @@ def _padded(
     return both[..., :num_channels], _of_all_heads(moved, mean)
 
 
-def _values(labels: Tensor, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels as values [B, h, M, width] of a head, and their means [B, 1, C], which half precision need not carry.
+def _values(labels: Tensor, width: int, like: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Labels as values [B, h, M, width] of a head, and what was taken off, [B, 1, C]: the mean, or nothing.
 
     Weights sum to one, so that means may be taken off before and added afterwards.
     """
-    mean = labels.mean(dim=1, keepdim=True)
+    mean = labels.mean(dim=1, keepdim=True) if centred else torch.zeros_like(labels[:, :1])
     values = functional.pad(labels - mean, (0, width - labels.shape[-1])).to(like.dtype)
     return values[:, None].expand(-1, like.shape[1], -1, -1), mean
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenlabels.align.families import Family, Features, FirstLabels, check_pool_type, family, on_grid
 from tokenlabels.align.operations import mix_depthwise, pool
 from tokenlabels.align.rules import Alignment, AlignmentError, block_rule, check_part, run_blocks
+from tokenlabels.checks import Grid
 
 
 def _check_shortcut(block: Any) -> None:
@@ -38,6 +39,10 @@ class _ConvNeXt(Family):
                     "labels cannot follow the tokens through dilated convolutions of ConvNeXt; build it with "
                     "output_stride=32"
                 )
+
+    def stride(self, model: Any) -> Grid:
+        stride: int = model.feature_info[0]["reduction"]
+        return stride, stride
 
     def features(self, model: Any, images: Tensor, first_labels: FirstLabels, alignment: Alignment) -> Features:
         x = model.stem(images)

@@ -43,6 +43,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def stride(self, model: Any) -> Grid:
+        """Pixels from one embedded patch to the next, down and across."""
+
+    @abstractmethod
     def features(self, model: Any, images: Tensor, first_labels: FirstLabels, alignment: Alignment) -> Features:
         """``model.forward_features(images)``, with labels."""
 
@@ -75,7 +79,7 @@ def find_family(model: nn.Module) -> Family:
         known = ", ".join(sorted(kind.__name__ for kind in _FAMILIES))
         raise AlignmentError(
             f"labels cannot follow the tokens through {full_name(type(model))}; choose a model of timm of type "
-            f"{known}, LV-ViT, or DenseClassifier around one"
+            f"{known}, or DenseClassifier around one"
         )
     found.check(model)
     for block in found.blocks(model):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokenlabels.align.families import Family, Features, FirstLabels, check_pool_type, family
 from tokenlabels.align.operations import mix_dense
 from tokenlabels.align.rules import Alignment, block_rule, check_part, run_blocks
+from tokenlabels.checks import Grid
 
 
 def _check_mlp(block: Any) -> None:
@@ -38,6 +39,10 @@ class _Mixer(Family):
 
     def check(self, model: Any) -> None:
         check_pool_type(model, model.global_pool)
+
+    def stride(self, model: Any) -> Grid:
+        rows, columns = model.stem.feat_ratio(as_scalar=False)
+        return rows, columns
 
     def features(self, model: Any, images: Tensor, first_labels: FirstLabels, alignment: Alignment) -> Features:
         x = model.stem(images)

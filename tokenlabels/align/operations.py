@@ -41,7 +41,7 @@ def pool(labels: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
     maps = labels.permute(0, 3, 1, 2)
-    assert not isinstance(padding, str), "check_pooling refuses it"
+    assert not isinstance(padding, str), "timm pads by numbers here"
     pooled = functional.avg_pool2d(maps, kernel, stride, padding, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1)
 

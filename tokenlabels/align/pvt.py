@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tokenlabels.align.attention import attend
 from tokenlabels.align.families import Family, Features, FirstLabels, check_pool_type, family, on_grid
-from tokenlabels.align.operations import mix_depthwise, pool, residual
+from tokenlabels.align.operations import mix_depthwise, pool
 from tokenlabels.align.rules import Alignment, block_rule, run_blocks
 from tokenlabels.checks import Grid
 
@@ -24,7 +24,7 @@ def _block(alignment: Alignment, block: Any, x: Tensor, labels: Tensor, grid: Gr
     x = x + block.drop_path2(block.mlp(block.norm2(x), grid))
     labels = alignment.combine(labels, moved)
     mixed = mix_depthwise(on_grid(labels, grid), block.mlp.dwconv).flatten(1, 2)
-    return x, residual(labels, mixed)
+    return x, alignment.combine(labels, mixed)
 
 
 def _attention(alignment: Alignment, attn: Any, x: Tensor, labels: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,10 @@ class _PVTv2(Family):
 
     def check(self, model: Any) -> None:
         check_pool_type(model, model.global_pool)
+
+    def stride(self, model: Any) -> Grid:
+        stride: int = model.feature_info[0]["reduction"]
+        return stride, stride
 
     def features(self, model: Any, images: Tensor, first_labels: FirstLabels, alignment: Alignment) -> Features:
         x = model.patch_embed(images)

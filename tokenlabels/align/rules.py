@@ -30,12 +30,14 @@ class Alignment:
             labels as they are.
         normalize: whether a block's labels are the average with the residual (equation 11). Otherwise they are what
             attention or spatial mixing brings, alone.
+        centred: see `tokenlabels.align.attention.attend`.
         seen: is told the tokens and labels after every block.
     """
 
     backend: Backend | None = None
     layers: frozenset[int] | None = None
     normalize: bool = True
+    centred: bool = True
     seen: Callable[[Tensor, Tensor], None] | None = field(default=None, compare=False)
 
     def combine(self, labels: Tensor, moved: Tensor) -> Tensor:
@@ -77,13 +79,26 @@ def check_block(block: nn.Module) -> None:
     Raises:
         AlignmentError: the type of the block, or of a part of it, is not known.
     """
-    known = ", ".join(sorted(full_name(kind) for kind in BLOCK_RULES))
-    if type(block) not in BLOCK_RULES:
+    rule_of(block)
+    check = CHECKS.get(type(block))
+    if check is not None:
+        check(block)
+
+
+def rule_of(block: nn.Module) -> Rule:
+    """The rule of a block.
+
+    Raises:
+        AlignmentError: there is none.
+    """
+    rule = BLOCK_RULES.get(type(block))
+    if rule is None:
+        known = ", ".join(sorted(full_name(kind) for kind in BLOCK_RULES))
         raise AlignmentError(
             f"labels cannot follow the tokens through {full_name(type(block))}: it has no rule. Rules are there for "
             f"{known}; write one and mark it with tokenlabels.align.rules.block_rule"
         )
-    CHECKS.get(type(block), lambda _: None)(block)
+    return rule
 
 
 def check_part(part: nn.Module, *known: type[nn.Module], of: nn.Module) -> None:
@@ -92,7 +107,7 @@ def check_part(part: nn.Module, *known: type[nn.Module], of: nn.Module) -> None:
         names = ", ".join(map(full_name, known))
         raise AlignmentError(
             f"labels cannot follow the tokens through {full_name(type(part))} in {full_name(type(of))}: the rule of "
-            f"this block knows {names}"
+            f"this block knows {names}; build the model with one of them, or write a rule (block_rule)"
         )
 
 
@@ -122,7 +137,7 @@ def run_blocks(
     """
     for number, block in enumerate(blocks, start=first):
         if alignment.layers is None or number in alignment.layers:
-            step = partial(BLOCK_RULES[type(block)], alignment, block)
+            step = partial(rule_of(block), alignment, block)
             x, labels = checkpoint(step, x, labels, *args) if checkpointing else step(x, labels, *args)
         else:
             x = checkpoint(block, x, *args) if checkpointing else block(x, *args)

@@ -43,14 +43,14 @@ def _windows(alignment: Alignment, block: Any, x: Tensor, labels: Tensor) -> tup
     """Attention within windows that are shifted over the grid.
 
     Where the grid has no whole windows, the tokens that fill them up take part in attention, but have no label: those
-    of the others share out their weight. A token that attends to nothing else, up to rounding, keeps its own.
+    of the others share out their weight. A token that attends to nothing else keeps its own.
     """
     height, width = x.shape[1:3]
     pad_rows, pad_columns = (-side % window for side, window in zip((height, width), block.window_size, strict=True))
     is_padded = pad_rows > 0 or pad_columns > 0
-    given = labels
+    given, mean = labels, labels.mean(dim=(1, 2), keepdim=True)
     if is_padded:
-        labels = torch.cat([labels, torch.ones_like(labels[..., :1])], dim=-1)
+        labels = torch.cat([labels - mean, torch.ones_like(labels[..., :1])], dim=-1)
     padding = (0, 0, 0, pad_columns, 0, pad_rows)
     shifted = functional.pad(_rolled(x, block.shift_size, -1), padding)
     mask = block.get_attn_mask(shifted) if block.dynamic_mask else block.attn_mask
@@ -61,6 +61,7 @@ def _windows(alignment: Alignment, block: Any, x: Tensor, labels: Tensor) -> tup
         _partition(shifted, block.window_size),
         _partition(functional.pad(_rolled(labels, block.shift_size, -1), padding), block.window_size),
         mask,
+        centred=not is_padded,
     )
     attended, moved = (
         _rolled(_together(windows, block.window_size, grid)[:, :height, :width], block.shift_size, 1)
@@ -68,12 +69,12 @@ def _windows(alignment: Alignment, block: Any, x: Tensor, labels: Tensor) -> tup
     )
     if is_padded:
         moved, present = moved[..., :-1], moved[..., -1:]
-        moved = torch.where(present > torch.finfo(attended.dtype).eps ** 0.5, moved / present, given)
+        moved = torch.where(present > torch.finfo(attended.dtype).tiny, mean + moved / present, given)
     return attended, moved
 
 
 def _window_attention(
-    alignment: Alignment, attn: Any, x: Tensor, labels: Tensor, mask: Tensor | None
+    alignment: Alignment, attn: Any, x: Tensor, labels: Tensor, mask: Tensor | None, *, centred: bool
 ) -> tuple[Tensor, Tensor]:
     """Tokens [W, A, D] and labels [W, A, C] of all windows -> the same; mask [windows of an image, A, A] or None."""
     inputs = _cosine_inputs if isinstance(attn, v2.WindowAttention) else _inputs
@@ -91,6 +92,7 @@ def _window_attention(
         backend=alignment.backend,
         bias=bias,
         dropout=attn.attn_drop.p if attn.training else 0.0,
+        centred=centred,
     )
     attended = attended.transpose(1, 2).flatten(2)
     return attn.proj_drop(attn.proj(attended)), moved
@@ -150,6 +152,10 @@ class _Swin(Family):
         check_pool_type(model, model.head.global_pool.pool_type)
         for stage in model.layers:
             check_part(stage.downsample, nn.Identity, v1.PatchMerging, v2.PatchMerging, of=stage)
+
+    def stride(self, model: Any) -> Grid:
+        rows, columns = model.patch_embed.feat_ratio(as_scalar=False)
+        return rows, columns
 
     def features(self, model: Any, images: Tensor, first_labels: FirstLabels, alignment: Alignment) -> Features:
         x = model.patch_embed(images)

@@ -4,6 +4,7 @@ Legend: B images, P prefix tokens, N = h x w patch tokens, C columns of labels, 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,13 +84,13 @@ class TLAlign(nn.Module):
             ValueError: a plan in evaluation mode or none in training, one of another batch, size or device.
         """
         if plan is None:
-            if self.training:
+            if self.model.training:
                 raise ValueError(
                     f"{type(self).__name__} needs the plan that mixed the images in training: model(images, plan); use "
                     "the model inside for images that are not mixed"
                 )
             return self.model(images)
-        if not self.training:
+        if not self.model.training:
             raise ValueError(
                 f"{type(self).__name__} makes targets for training, and this is evaluation mode: call .train(), or "
                 "leave out the plan for predictions"
@@ -107,17 +108,16 @@ class TLAlign(nn.Module):
             alignment: another than that of this object, for those who want to see more.
 
         Raises:
-            ValueError: the plan does not fit the images, or their sides are no multiples of the grid of tokens.
+            ValueError: the plan does not fit the images, or they have no whole patches.
         """
+        _check_plan(plan)
         plan.check_images(images)
+        self._family.check(self.backbone)  # the classifier may be another than at first
         if isinstance(self.model, DenseClassifier):
             self.model.check_images(images)
 
-        def labels_of(grid: Grid, num_prefix_tokens: int) -> Tensor:
-            _check_grid(images, grid)
-            return self._first_labels(plan, grid, num_prefix_tokens)
-
-        return self.features(images, labels_of, alignment)
+        _check_sides(images, self._family.stride(self.backbone))
+        return self.features(images, partial(self._first_labels, plan), alignment)
 
     def features(self, images: Tensor, labels_of: FirstLabels, alignment: Alignment | None = None) -> Features:
         """`align` for any labels of the embedded patches, float32 [B, P + N, C]; every column goes the same way."""
@@ -132,7 +132,8 @@ class TLAlign(nn.Module):
 
     def _shares(self, features: Features, plan: MixPlan) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - for TransMix
         tokens = features.labels[:, features.labels.shape[1] - features.grid[0] * features.grid[1] :, 0]
-        return self.classified(features)[:, 0].clamp(0, 1), tokens.clamp(0, 1)
+        # reentrant checkpoints make whatever they return require gradients
+        return self.classified(features)[:, 0].detach().clamp(0, 1), tokens.detach().clamp(0, 1)
 
     def _classify(self, tokens: Tensor) -> Logits:
         if isinstance(self.model, DenseClassifier):
@@ -168,17 +169,31 @@ class TLAlign(nn.Module):
 def _numbers(layers: Sequence[int] | None, num_layers: int) -> frozenset[int] | None:
     if layers is None:
         return None
-    wrong = [layer for layer in layers if not -num_layers <= layer < num_layers]
-    if wrong or not layers:
+    if not _are_numbers(layers, num_layers):
         raise ValueError(
-            f"layers must be numbers of blocks in {-num_layers}..{num_layers - 1}, or None for all, got {list(layers)}"
+            f"layers must be numbers of blocks in {-num_layers}..{num_layers - 1}, such as (-1,), or None for all, got "
+            f"{layers!r}"
         )
     return frozenset(layer % num_layers for layer in layers)
 
 
-def _check_grid(images: Tensor, grid: Grid) -> None:
-    if images.shape[2] % grid[0] or images.shape[3] % grid[1]:
+def _are_numbers(layers: object, num_layers: int) -> bool:
+    return (
+        isinstance(layers, Sequence)
+        and len(layers) > 0
+        and all(type(layer) is int and -num_layers <= layer < num_layers for layer in layers)
+    )
+
+
+def _check_plan(plan: object) -> None:
+    if not isinstance(plan, MixPlan):
+        raise ValueError(f"plan must be the MixPlan that mixed the images, got {type(plan).__name__}")
+
+
+def _check_sides(images: Tensor, stride: Grid) -> None:
+    height, width = images.shape[2:]
+    if height % stride[0] or width % stride[1]:
         raise ValueError(
-            f"images of {images.shape[2]} x {images.shape[3]} pixels make {grid[0]} x {grid[1]} tokens, which are no "
-            "whole pixels, so that nobody could tell what a token shows; crop or pad the images to a multiple"
+            f"images of {height} x {width} pixels have no whole patches of {stride[0]} x {stride[1]}, and part of them "
+            "would be read by no token; crop or pad them to a multiple"
         )

@@ -5,6 +5,7 @@ Legend: B images, h heads, P prefix tokens, N = h x w patch tokens.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from tokenlabels.align.families import Features
 from tokenlabels.align.operations import first_labels
 from tokenlabels.align.rules import AlignmentError
 from tokenlabels.align.tl_align import TLAlign
-from tokenlabels.checks import Grid, check_grid, check_share, check_tensor, describe
+from tokenlabels.checks import Grid, check_grid, check_share, check_tensor, check_values, describe
 from tokenlabels.mixing import MixPlan
 
 PUBLISHED_AREA_WEIGHT = 0.5
@@ -46,6 +47,7 @@ def transmix(
             f"attention must be floating [{len(plan)}, N] or [{len(plan)}, heads, N], as the plan is of {len(plan)} "
             f"samples, got {describe(attention)}"
         )
+    check_values("attention", attention, lambda weights: weights >= 0, "must be 0 or more")
     if attention.device != plan.own.device:
         raise ValueError(f"attention must be on {plan.own.device} as the plan is, got {describe(attention)}")
     with torch.no_grad():
@@ -73,6 +75,7 @@ class TransMix(TLAlign):
         self, model: nn.Module, *, backend: Backend | None = None, area_weight: float = PUBLISHED_AREA_WEIGHT
     ) -> None:
         super().__init__(model, backend=backend, layers=(-1,), normalize=False)
+        self.alignment = replace(self.alignment, centred=False)  # shares are ratios here
         check_share("area_weight", area_weight)
         self.area_weight = area_weight
         if getattr(self.backbone, "global_pool", None) != "token":
@@ -91,7 +94,7 @@ class TransMix(TLAlign):
     def _shares(self, features: Features, plan: MixPlan) -> tuple[Tensor, Tensor]:
         own, everything = self.classified(features).unbind(dim=-1)
         share = _share(own, everything, plan.share(), self.area_weight)
-        return share.clamp(0, 1), plan.coverage(features.grid).flatten(1)
+        return share.detach().clamp(0, 1), plan.coverage(features.grid).flatten(1).detach()
 
 
 def _share(own: Tensor, everything: Tensor, by_area: Tensor, area_weight: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenlabels.align.attention import attend
 from tokenlabels.align.families import Family, Features, FirstLabels, family
 from tokenlabels.align.rules import Alignment, AlignmentError, block_rule, check_part, run_blocks
+from tokenlabels.checks import Grid
 from tokenlabels.models.lvvit import LVViT, ScaledBlock
 
 
@@ -52,6 +53,7 @@ def self_attention(alignment: Alignment, attn: Any, x: Tensor, labels: Tensor) -
         fused=attn.fused_attn,
         backend=alignment.backend,
         dropout=attn.attn_drop.p if attn.training else 0.0,
+        centred=alignment.centred,
     )
     attended = attn.norm(attended.transpose(1, 2).reshape(num_images, num_tokens, attn.attn_dim))
     if gate is not None:
@@ -83,6 +85,10 @@ class _ViT(Family):
                 f"{type(model).__name__} pads images to whole patches, whose share of the padding nobody could tell; "
                 "build it with dynamic_img_pad=False"
             )
+
+    def stride(self, model: Any) -> Grid:
+        rows, columns = model.patch_embed.feat_ratio(as_scalar=False)
+        return rows, columns
 
     def features(self, model: Any, images: Tensor, first_labels: FirstLabels, alignment: Alignment) -> Features:
         x = model.patch_embed(images)

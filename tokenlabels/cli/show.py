@@ -27,6 +27,7 @@ MixName = Literal["cutmix", "mixup", "random", "blockwise"]
 MODES = {"--aligned": "labels of mixed images as they follow the tokens through a model (TL-Align)"}
 _NUM_IMAGES = 4
 _PATCH_PX = 16  # of random and block-wise mixing, as published
+_MAX_SIDE_PX, _MAX_SEED = 4096, 2**63 - 1
 _MODEL_PANEL, _MIXING_PANEL = "Model", "Mixed images"
 
 
@@ -47,19 +48,25 @@ def show(
     ] = None,
     random_weights: Annotated[
         int | None,
-        typer.Option(help="Random weights from this seed, to try things out.", rich_help_panel=_MODEL_PANEL),
+        typer.Option(
+            help="Random weights from this seed, to try things out.", min=0, max=_MAX_SEED, rich_help_panel=_MODEL_PANEL
+        ),
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(
-            help="Side of its input in pixels.", min=1, show_default="the model's own", rich_help_panel=_MODEL_PANEL
+            help="Side of its input in pixels.",
+            min=1,
+            max=_MAX_SIDE_PX,
+            show_default="the model's own",
+            rich_help_panel=_MODEL_PANEL,
         ),
     ] = None,
     device: DeviceOption = "auto",
     mix: Annotated[
         MixName, typer.Option(help="How each image is mixed with the next.", rich_help_panel=_MIXING_PANEL)
     ] = "cutmix",
-    seed: Annotated[int, typer.Option(help="Of the mixing.", rich_help_panel=_MIXING_PANEL)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the mixing.", min=0, max=_MAX_SEED, rich_help_panel=_MIXING_PANEL)] = 0,
 ) -> None:
     """Draw labels. One option says what: --aligned."""
     if not aligned:
@@ -157,8 +164,11 @@ def _draw_aligned(model: _ModelChoice, images: _ImageChoice, mix: MixName, seed:
     from tokenlabels.aligned_pictures import draw_pairs
     from tokenlabels.trainer.ranks import join_ranks
 
-    if len(set(images.keys)) == 1 or images.num == 1:
+    if len(images.keys) == 1 or images.num == 1:
         raise ValueError("an image is mixed with another one: give two at least (--key A --key B, or --num 2)")
+    twice = [key for key in images.keys if images.keys.count(key) > 1]
+    if twice:
+        raise ValueError(f"--key {twice[0]} is given twice; an image is not mixed with itself")
     aligned = TLAlign(model.load()).to(join_ranks(model.device)).eval()
     samples = images.find()
     if len(samples) < 2:
@@ -167,7 +177,8 @@ def _draw_aligned(model: _ModelChoice, images: _ImageChoice, mix: MixName, seed:
     for pair in pairs:
         area, names = float(pair.initial.mean()), " with ".join(pair.names)
         typer.echo(f"{names}: own {area:.1%} of the image, {pair.target:.1%} of what is classified")
-    return draw_pairs(pairs, f"{model}, {mix}")
+    height, width, _ = pairs[0].own.shape
+    return draw_pairs(pairs, f"{model}, {height} x {width} px, {mix}")
 
 
 def _aligned_pairs(
@@ -229,10 +240,11 @@ def _places_of(shards: "Sequence[ImageShard]", keys: Sequence[str]) -> "list[tup
     others: list[str] = []
     for shard in shards:
         in_shard = shard.keys()
-        found = {key: shard for key in in_shard if key in keys} | found
+        for key in set(keys).intersection(in_shard):
+            if key in found:
+                raise ValueError(f"{key!r} is in {found[key].path} and in {shard.path}; give the images of one of them")
+            found[key] = shard
         others.extend(in_shard)
-        if len(found) == len(set(keys)):
-            break
     for key in keys:
         if key not in found:
             nearest = get_close_matches(key, others) or others[:1]
@@ -271,6 +283,8 @@ def _check_writable(out: Path) -> None:
 
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{out}: pictures are written as .png, .webp, .jpg and what else Pillow writes, by the ending")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a picture")
     folder = next(folder for folder in out.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{out}: {folder} is no folder that can be written to")

@@ -40,7 +40,7 @@ def train(
     demo: Annotated[bool, typer.Option("--demo", help="Train on generated scenes: minutes on two cores.")] = False,
     show: Annotated[bool, typer.Option("--list", help="Show the recipes and leave.")] = False,
 ) -> None:
-    """Train a vision transformer with token labels. Under torchrun: python -m jobs.train, with the same arguments."""
+    """Train a vision transformer by a recipe. Under torchrun: python -m jobs.train, with the same arguments."""
     with needs_checkout("training recipes"):
         from jobs.overrides import apply_overrides
         from jobs.recipes import get_recipe

@@ -71,15 +71,12 @@ def read_state_dict(path: Path, *, use_ema: bool = True) -> dict[str, Tensor]:
 def unwrapped(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's part of a state dict that was saved with one or two wrappers around it.
 
-    `TLAlign` and `DenseClassifier` keep their model below ``model.``. If all names of this model are found there, they
-    are taken, and what a wrapper has beside its model, a classifier of tokens, is left out. Otherwise the state dict is
-    returned as it is.
+    `TLAlign` and `DenseClassifier` keep their model below ``model.``. What is below the prefix that most names of this
+    model are found with is taken, and what a wrapper has beside its model, a classifier of tokens, is left out.
     """
     own = model.state_dict().keys()
-    for prefix in ("", "model.", "model.model."):
-        if all(prefix + name in state for name in own):
-            return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return dict(state)
+    prefix = max(("", "model.", "model.model."), key=lambda prefix: sum(prefix + name in state for name in own))
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def fit_positions(model: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

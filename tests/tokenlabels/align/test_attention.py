@@ -2,7 +2,7 @@
 
 import math
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -204,3 +204,22 @@ def test_cuda_in_float32(cuda: torch.device, backend: Backend) -> None:
     actual = attend(*on_cuda, scale=0.4, fused=True, backend=backend, bias=bias.to(cuda))
     for ours, right in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.cpu().double(), right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", get_args(Backend))
+@torch.no_grad()
+def test_ratios_of_small_columns(backend: Backend, dtype: torch.dtype) -> None:
+    """A class token that looks at itself, and patches that share about a hundredth of its attention (TransMix)."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, 3, 25, 8, generator=generator).to(dtype) for _ in range(3))
+    q[..., 0], k[..., 0] = 4, 0
+    k[:, :, 0, 0] = 8**0.5 * 2  # eight nats ahead of the others
+    labels = torch.cat([torch.rand(4, 25, 1, generator=generator), torch.ones(4, 25, 1)], dim=-1)
+    labels[:, 0] = 0
+    _, moved = attend(q, k, v, labels, scale=8**-0.5, fused=True, backend=backend, centred=False)
+    weights = ((q.double() @ k.double().mT) * 8**-0.5).softmax(dim=-1).mean(dim=1)
+    own, everything = (weights @ labels.double()).unbind(dim=-1)
+    assert everything.median() < 0.05
+    error = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(moved[..., 0] / moved[..., 1], (own / everything).float(), rtol=0, atol=error)

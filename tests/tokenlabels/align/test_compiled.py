@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.tokenlabels.align.cases import build, cutmix, images_of, mixed
 from tokenlabels.align import TLAlign, TransMix
+from tokenlabels.mixing import MixPlan
 from tokenlabels.models import DenseClassifier
 
 
@@ -30,6 +31,17 @@ def test_one_graph_for_all_plans(case: str) -> None:
         ours, eager = (run(images, plan, return_token_share=True) for run in (compiled, model))
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+def test_batches_of_other_sizes_need_one_graph_more() -> None:
+    """As the plain model: one for the first size, one for all others."""
+    model = TLAlign(build("vit"))
+    compiled = torch.compile(model, backend=(counter := CompileCounter()), fullgraph=True)  # type: ignore[no-untyped-call]
+    for num_images in (4, 6, 8, 3, 10):
+        plan = MixPlan.cutmix(num_images, image_size=(32, 48), generator=torch.Generator().manual_seed(num_images))
+        images = plan.mix(torch.randn(num_images, 3, 32, 48))
+        torch.testing.assert_close(compiled(images, plan)[1], model(images, plan)[1], rtol=0, atol=1e-5)
+    assert counter.frame_count <= 2
 
 
 def test_compiled_gradients() -> None:

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import timm.layers
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +16,9 @@ from tests.tokenlabels.align.cases import (
     fused_attention,
     mixed,
 )
-from tokenlabels.align import Backend, TLAlign
+from tokenlabels.align import Backend, TLAlign, TransMix
 from tokenlabels.align.families import find_family
+from tokenlabels.mixing import MixPlan
 from tokenlabels.models import DenseClassifier
 
 BACKENDS: tuple[Backend, ...] = ("explicit", "second_call", "padded")
@@ -203,3 +205,20 @@ def test_a_dense_classifier_returns_logits_of_images_and_tokens(case: str) -> No
 def test_predictions_are_those_of_the_model(case: str) -> None:
     aligned, (images, _) = TLAlign(build(case)).eval(), mixed(case)
     assert torch.equal(aligned(images), aligned.model(images))
+
+
+def test_shares_need_no_gradient_whatever_checkpoints_say() -> None:
+    """Reentrant ones make all that they return require gradients; so does a plan that was made to."""
+    images, plan = mixed("vit")
+    timm.layers.set_reentrant_ckpt(True)
+    try:
+        model = TLAlign(build("vit"))
+        model.set_grad_checkpointing()
+        shares = model(images.requires_grad_(), plan, return_token_share=True)[1:]
+    finally:
+        timm.layers.set_reentrant_ckpt(False)
+    learned = MixPlan(plan.partner, plan.own.clone())
+    learned.own.requires_grad_()
+    for wrapper in (TLAlign, TransMix):
+        shares = (*shares, *wrapper(build("vit"))(images.detach(), learned, return_token_share=True)[1:])
+    assert not any(share.requires_grad for share in shares)

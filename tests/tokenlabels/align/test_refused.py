@@ -1,5 +1,6 @@
 """What `TLAlign` refuses: models without a rule, plans and images that do not fit, the wrong mode."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -54,7 +55,7 @@ NO_RULE = "labels cannot follow the tokens through timm.models.vision_transforme
     [
         pytest.param(
             partial(timm.create_model, "resnet50"),
-            r"through timm.models.resnet.ResNet; choose a model of timm of type ConvNeXt, LVViT, MlpMixer, .*, LV-ViT,",
+            r"through timm.models.resnet.ResNet; choose a model of timm of type ConvNeXt, LVViT, .* or DenseClassifier",
             id="resnet",
         ),
         pytest.param(partial(timm.create_model, "eva02_tiny_patch14_224"), "through timm.models.eva.Eva;", id="eva02"),
@@ -179,27 +180,43 @@ def plan_of(batch_size: int = 4, grid: tuple[int, int] = (32, 48), device: str =
             "vit", (4, 3, 32, 48), plan_of(grid=(48, 32)), r"a plan of 4 samples with own 48x32 mixes", id="turned grid"
         ),
         pytest.param(
-            "vit", (3, 3, 32, 48), plan_of(), r"a plan of 4 samples .*got float32 \[3, 3, 32, 48\]", id="batch"
+            "vit",
+            (3, 3, 32, 48),
+            plan_of(),
+            r"a plan of 4 samples .*cannot have mixed float32 \[3, 3, 32, 48\]",
+            id="batch",
         ),
         pytest.param("vit", (4, 3, 32, 48), plan_of(6), r"a plan of 6 samples", id="larger batch"),
-        pytest.param("vit", (4, 24, 5), plan_of(grid=(4, 6)), r"images must be \[4, C, H, W\]", id="tokens"),
+        pytest.param("vit", (4, 24, 5), plan_of(grid=(4, 6)), r"give \[4, C, H, W\]", id="tokens"),
         pytest.param("vit", (4, 32, 48, 3), plan_of(), "looks like channels last", id="channels last"),
         pytest.param("vit", (4, 3, 32, 48), plan_of(device="meta"), "the plan is on meta, got float32", id="device"),
         pytest.param(
             "pvt",
             (4, 3, 46, 40),
             plan_of(grid=(1, 1)),
-            "images of 46 x 40 pixels make 12 x 10 tokens, which are no whole pixels.*crop or pad",
+            "images of 46 x 40 pixels have no whole patches of 4 x 4, .*crop or pad",
             id="pvt of no whole pixels",
         ),
         pytest.param(
-            "convnext", (4, 3, 66, 64), plan_of(grid=(1, 1)), "66 x 64 pixels make 16 x 16", id="no whole pixels"
+            "convnext",
+            (4, 3, 66, 64),
+            plan_of(grid=(1, 1)),
+            "66 x 64 pixels have no whole patches of 4",
+            id="no whole pixels",
         ),
     ],
 )
 def test_plans_and_images(case: str, shape: tuple[int, ...], plan: MixPlan, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TLAlign(build(case))(torch.zeros(shape), plan)
+
+
+def test_pixels_that_no_token_reads() -> None:
+    """60 pixels are 3 patches of 16 and a rest: they divide by 3, but a token does not show 20 of them."""
+    model = VisionTransformer(img_size=60, patch_size=16, embed_dim=24, depth=1, num_heads=3)
+    plan = MixPlan.cutmix(2, image_size=60)
+    with pytest.raises(ValueError, match="images of 60 x 60 pixels have no whole patches of 16 x 16"):
+        TLAlign(model)(torch.zeros(2, 3, 60, 60), plan)
 
 
 def test_no_plan_in_training() -> None:
@@ -218,10 +235,39 @@ def test_odd_batches_with_a_flip_partner() -> None:
         MixPlan.cutmix(5, image_size=32, pairing="flip")
 
 
-@pytest.mark.parametrize("layers", [(3,), (-4,), (0, 7), ()])
-def test_layers(layers: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"layers must be numbers of blocks in -3..2, or None for all, got \["):
+@pytest.mark.parametrize("layers", [(3,), (-4,), (0, 7), (), (1.5,), (True,), 2, "all"], ids=repr)
+def test_layers(layers: Any) -> None:
+    words = (
+        rf"layers must be numbers of blocks in -3..2, such as \(-1,\), or None for all, got {re.escape(repr(layers))}"
+    )
+    with pytest.raises(ValueError, match=words):
         TLAlign(build("vit"), layers=layers)
+
+
+def test_no_plan_at_all() -> None:
+    images, plan = mixed("vit")
+    with pytest.raises(ValueError, match="plan must be the MixPlan that mixed the images, got Tensor"):
+        TLAlign(build("vit"))(images, plan.own)
+
+
+def test_a_model_that_is_in_evaluation_mode_inside() -> None:
+    model, (images, plan) = build("vit").eval(), mixed("vit")
+    with pytest.raises(ValueError, match="this is evaluation mode"):
+        TLAlign(model)(images, plan)
+    torch.testing.assert_close(TLAlign(model)(images), model(images))
+
+
+def test_what_was_changed_after_wrapping() -> None:
+    model, (images, plan) = build("vit"), mixed("vit")
+    aligned = TLAlign(model)
+    model.reset_classifier(5, "avgmax")
+    with pytest.raises(AlignmentError, match="VisionTransformer's pooling 'avgmax'"):
+        aligned(images, plan)
+    model.reset_classifier(5, "token")
+    assert aligned(images, plan)[0].shape == (4, 5)
+    model.blocks[1] = OwnBlock(24, 3)
+    with pytest.raises(AlignmentError, match="OwnBlock: it has no rule"):
+        aligned(images, plan)
 
 
 @pytest.mark.parametrize("backend", ["flash", "", 3])

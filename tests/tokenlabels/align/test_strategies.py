@@ -107,6 +107,15 @@ def test_layers_and_normalization_of_table_8(layers: tuple[int, ...] | None, nor
     torch.testing.assert_close(share * y + (1 - share) * y[plan.partner], labels[:, 0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_nothing_is_averaged_without_norm(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither around attention nor around convolutions in MLPs."""
+    images, plan = mixed(case)
+    model = TLAlign(build(case), normalize=False)
+    monkeypatch.setattr("tokenlabels.align.rules.residual", None)
+    model(images, plan)
+
+
 @pytest.mark.parametrize("case", ["swin", "pvt", "convnext", "mixer"])
 @torch.no_grad()
 def test_layers_count_over_all_stages(case: str) -> None:

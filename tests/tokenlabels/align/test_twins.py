@@ -124,6 +124,37 @@ def test_tokens_that_look_at_padding_alone_keep_their_labels(backend: Backend, d
     torch.testing.assert_close(features.labels[..., 0], expected.flatten(1), rtol=0, atol=error)
 
 
+@pytest.mark.parametrize("backend", ["explicit", "second_call", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_tokens_that_hardly_look_at_anything_but_padding(backend: Backend, dtype: torch.dtype) -> None:
+    """A corner of 4 tokens in a window of 16, and keys of padding that are 3 nats ahead: 1.6 % of the weight is left.
+
+    Shares are ratios of such small sums, whose error has to be small in proportion.
+    """
+    model = SwinTransformer(
+        img_size=24, window_size=4, embed_dim=8, depths=(1,), num_heads=(2,), num_classes=NUM_CLASSES, drop_path_rate=0
+    )
+    block = model.layers[0].blocks[0]
+    nn.init.zeros_(block.norm1.weight)
+    nn.init.ones_(block.norm1.bias)  # tokens are ones and padding zeros
+    nn.init.zeros_(block.attn.qkv.weight)
+    block.attn.qkv.weight[8:16] = -3 / (8 * 2)  # 8 inputs of 1, times q = 1 in 4 channels, halved by the scale
+    nn.init.zeros_(block.attn.qkv.bias)
+    block.attn.qkv.bias[:8] = 1.0
+    nn.init.zeros_(block.attn.relative_position_bias_table)
+    plan = MixPlan(torch.tensor([1, 0]), torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        features = TLAlign(model, backend=backend).align(torch.randn(2, 3, 24, 24), plan)
+    labels = features.labels[..., 0].reshape(2, 6, 6)
+    for rows in (slice(0, 4), slice(4, 6)):
+        for columns in (slice(0, 4), slice(4, 6)):
+            window = plan.own[:, rows, columns]
+            expected = (window + window.mean(dim=(1, 2), keepdim=True)) / 2
+            error = 1e-6 if dtype == torch.float32 else 4e-3
+            torch.testing.assert_close(labels[:, rows, columns], expected, rtol=0, atol=error)
+
+
 @pytest.mark.parametrize("case", ATTENTION)
 @torch.no_grad()
 def test_attention_is_sharp(case: str) -> None:

@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 
+from tests.loaders.photos import encode, smooth_image, write_tar
 from tests.tokenlabels.cli.conftest import Run
 from tokenlabels.align import TLAlign
 from tokenlabels.aligned_pictures import AlignedPair
@@ -176,7 +177,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "no key 'scene_0000011'; near it are scene_000001, ",
     ),
     "one key": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--key", "scene_000001"), "give two at least"),
-    "one key twice": ((*ALIGNED, *RANDOM, "--images", "IMAGES", *2 * ("--key", "a")), "give two at least"),
+    "one key twice": ((*ALIGNED, *RANDOM, "--images", "IMAGES", *2 * ("--key", "a")), "--key a is given twice"),
     "one image": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--num", "1"), "give two at least"),
     "keys and a number": (
         (*ALIGNED, *RANDOM, "--images", "IMAGES", "--key", "a", "--key", "b", "--num", "2"),
@@ -187,6 +188,9 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "--mix random mixes patches of 16 pixels, which images of 72 x 72 pixels",
     ),
     "unknown mixing": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--mix", "puzzle"), "'puzzle' is not one of"),
+    "seed that torch does not take": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--seed", str(2**80)), "--seed"),
+    "a side that no memory holds": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--image-size", "5000000"), "image-size"),
+    "a folder": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--out", "sub.png"), "sub.png is a folder"),
     "ending": (
         (*ALIGNED, *RANDOM, "--images", "IMAGES", "--out", "a.txt"),
         "a.txt: pictures are written as .png",
@@ -208,6 +212,7 @@ def test_wrong_use_exits_with_2(
     run: Run, pattern: str, arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("sub.png").mkdir()
     result = run(*(pattern if word == "IMAGES" else word for word in arguments))
     assert result.exit_code == 2
     assert message in result.stderr
@@ -254,3 +259,13 @@ def test_images_that_cannot_be_decoded(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "sample 'a/x': broken header" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_key_in_two_tars(run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", {key: {"png": encode(smooth_image(rng, 64, 64))} for key in ("one", name)})
+    result = run("show", *ALIGNED[1:], *RANDOM, "--images", str(tmp_path / "*.tar"), "--key", "one", "--key", "a")
+    assert result.exit_code == 2
+    assert "'one' is in" in result.stderr
+    assert "give the images of one of them" in result.stderr
