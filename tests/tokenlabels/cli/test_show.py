@@ -190,7 +190,6 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown mixing": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--mix", "puzzle"), "'puzzle' is not one of"),
     "seed that torch does not take": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--seed", str(2**80)), "--seed"),
     "a side that no memory holds": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--image-size", "5000000"), "image-size"),
-    "a folder": ((*ALIGNED, *RANDOM, "--images", "IMAGES", "--out", "sub.png"), "sub.png is a folder"),
     "ending": (
         (*ALIGNED, *RANDOM, "--images", "IMAGES", "--out", "a.txt"),
         "a.txt: pictures are written as .png",
@@ -212,7 +211,6 @@ def test_wrong_use_exits_with_2(
     run: Run, pattern: str, arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("sub.png").mkdir()
     result = run(*(pattern if word == "IMAGES" else word for word in arguments))
     assert result.exit_code == 2
     assert message in result.stderr
@@ -261,11 +259,18 @@ def test_images_that_cannot_be_decoded(run: Run, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_folder_in_the_place_of_the_picture(run: Run, pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    result = run(*ALIGNED, *RANDOM, "--images", pattern, "--out", tmp_path / "a.png")
+    assert result.exit_code == 2
+    assert "a.png is a folder" in result.stderr
+
+
 def test_a_key_in_two_tars(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.tar", {key: {"png": encode(smooth_image(rng, 64, 64))} for key in ("one", name)})
-    result = run("show", *ALIGNED[1:], *RANDOM, "--images", str(tmp_path / "*.tar"), "--key", "one", "--key", "a")
+    result = run(*ALIGNED, *RANDOM, "--images", tmp_path / "*.tar", "--key", "one", "--key", "a")
     assert result.exit_code == 2
     assert "'one' is in" in result.stderr
     assert "give the images of one of them" in result.stderr
