@@ -20,9 +20,9 @@ from tokenlabels.precision import without_autocast
 
 Backend = Literal["explicit", "second_call", "padded"]
 
-FASTEST: dict[str, Backend] = {"cpu": "second_call"}
-"""By type of device, from `tokenlabels bench align`; docs/align.md has the figures. Others take "second_call", whose
-main path is the plain model's to the last bit."""
+DEFAULTS: dict[str, Backend] = {"cpu": "second_call"}
+"""By type of device: the fastest whose memory stays within 2 % of the plain model's, from `tokenlabels bench align`;
+docs/align.md has the figures. Devices that were not measured take "second_call", which leaves the main path alone."""
 
 _COLUMN_GROUP = 8
 """Fused kernels want heads of a multiple of this many channels."""
@@ -51,7 +51,7 @@ def attend(
         labels: float32 [B, M, C], of the keys.
         scale: of the products of q and k.
         fused: whether the plain model calls `scaled_dot_product_attention`.
-        backend: None takes `FASTEST` for fused attention, and "explicit" otherwise, where the matrix exists anyway.
+        backend: None takes `DEFAULTS` for fused attention, and "explicit" otherwise, where the matrix exists anyway.
         bias: added to the products, broadcast to [B, h, Q, M].
         dropout: probability, of the attention of the main path. "padded" then works as "second_call", because labels
             would be dropped too.
@@ -62,7 +62,7 @@ def attend(
         [B, h, Q, D], and float32 [B, Q, C] without gradient.
     """
     if backend is None:
-        backend = FASTEST.get(q.device.type, "second_call") if fused else "explicit"
+        backend = DEFAULTS.get(q.device.type, "second_call") if fused else "explicit"
     if backend == "explicit":
         weights = _weights(q, k, scale, bias)
         return functional.dropout(weights, dropout) @ v, _through(weights, labels)

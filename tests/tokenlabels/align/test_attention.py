@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tokenlabels.align.cases import build, mixed
 from tokenlabels.align import Backend, TLAlign
-from tokenlabels.align.attention import FASTEST, attend
+from tokenlabels.align.attention import DEFAULTS, attend
 
 BACKENDS: tuple[Backend, ...] = ("explicit", "second_call", "padded")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -107,7 +107,7 @@ def test_gradients_are_those_of_the_main_path_alone(backend: Backend) -> None:
 def test_the_default_is_the_fastest_of_the_device_where_attention_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, labels = inputs()
     for fastest in BACKENDS:
-        monkeypatch.setitem(FASTEST, "cpu", fastest)
+        monkeypatch.setitem(DEFAULTS, "cpu", fastest)
         ours = attend(q, k, v, labels, scale=0.4, fused=True)
         named = attend(q, k, v, labels, scale=0.4, fused=True, backend=fastest)
         assert all(torch.equal(*pair) for pair in zip(ours, named, strict=True))
