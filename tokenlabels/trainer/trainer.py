@@ -38,7 +38,7 @@ from tokenlabels.trainer.ranks import (
     sum_over_ranks,
 )
 from tokenlabels.trainer.state import Progress, RunState
-from tokenlabels.trainer.step import LossGuard, OptimizerStep, autocast
+from tokenlabels.trainer.step import LossGuard, OptimizerStep, autocast, student
 
 
 class TrainingStoppedError(Exception):
@@ -272,7 +272,7 @@ class Trainer:
     def _save_best(self, model: nn.Module) -> None:
         """Before last.pt says so: a kill in between repeats the evaluation."""
         if self._rank == 0:
-            content = {"state_dict": model.state_dict(), "epoch": self.progress.epoch + 1}
+            content = {"state_dict": student(model).state_dict(), "epoch": self.progress.epoch + 1}
             content |= {"top1": self.progress.best_top1, "description": dict(self.state.description)}
             save_checkpoint(self.folder / BEST_FILE, content)
 

@@ -16,6 +16,7 @@ from tokenlabels.align import TLAlign, TransMix
 from tokenlabels.losses import token_label_loss
 from tokenlabels.models import DenseClassifier, load_checkpoint
 from tokenlabels.trainer import Trainer, TrainerConfig, batch_loss
+from tokenlabels.trainer.checkpoint import read_checkpoint
 
 MakeConfig = Callable[..., TrainerConfig]
 
@@ -67,10 +68,11 @@ def test_a_run_on_hard_labels(wrapper: type[TLAlign], make_config: MakeConfig, t
 
 
 def test_weights_of_a_run_load_into_the_plain_model(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Nothing of the alignment is left at inference."""
+    """Nothing of the alignment is left in best.pt, and what is left in last.pt is seen through."""
     trainer = Trainer(TLAlign(vit()), make_config(), tmp_path, batch_size=4)
     trainer.fit([mixed_batch(0, targets=HARD)], [make_batch(9, mix=False)])
     plain = vit()
+    plain.load_state_dict(read_checkpoint(tmp_path / "best.pt")["state_dict"])
     load_checkpoint(plain, tmp_path / "last.pt", use_ema=False)
     images = make_batch(3, mix=False).images
     with torch.no_grad():
