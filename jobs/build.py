@@ -2,21 +2,28 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
 import tokenlabels.models  # noqa: F401 - registers LV-ViT
-from jobs.config import RunConfig
+from jobs.config import DataConfig, RunConfig
 from loaders import EvaluationLoader, TokenLabelLoader
 from loaders.options import PATCH_SIZE_PX, num_threads
 from tokenlabels.align import TLAlign, TransMix
 from tokenlabels.checks import Grid
+from tokenlabels.images import find_shards
 from tokenlabels.models import DenseClassifier, LVViT, load_checkpoint
+from tokenlabels.models.modulation import modulate
+from tokenlabels.models.tokenizers import tokenizer
+from tokenlabels.models.tokenprop import TokenProp
 from tokenlabels.store import LabelStore, open_store
 from tokenlabels.trainer.ranks import rank_and_world_size
+from tokenlabels.trainer.step import student
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,16 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
             checkpoint is of another one.
     """
     model = _timm_model(config, num_classes)
+    if config.tokenizer.norm is not None:
+        tokens = config.tokenizer
+        modulate(
+            model,
+            config.tokenizer.norm,
+            placement=tokens.placement,
+            blocks=tokens.blocks,
+            num_entities=tokens.num_entities,
+            partition=tokens.partition,
+        )
     wants_tokens = config.data.supervision == "token"
     if wants_tokens and not isinstance(model, LVViT):
         model = DenseClassifier(model, config.model.image_size)
@@ -90,7 +107,14 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     align = config.align
     if align.method == "tl_align":
         return TLAlign(model, layers=align.layers, normalize=align.normalize)
-    return model if align.method is None else TransMix(model)
+    if align.method == "transmix":
+        return TransMix(model)
+    prop = config.token_prop
+    if prop.weight > 0:
+        return TokenProp(
+            model, config.model.image_size, weight=prop.weight, loss=prop.loss, scale=prop.scale, width=prop.width
+        )
+    return model
 
 
 def batch_size_per_rank(config: RunConfig) -> int:
@@ -114,11 +138,13 @@ def _timm_model(config: RunConfig, num_classes: int) -> nn.Module:
     if not timm.is_model(name):
         raise ValueError(f"model.name: timm {timm.__version__} has no model {name!r}; timm.list_models() has the names")
     default = timm.get_pretrained_cfg(name)
-    arguments = {"num_classes": num_classes, "drop_path_rate": config.model.drop_path}
+    arguments: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.model.drop_path}
     if default is not None and default.fixed_input_size and tuple(default.input_size[-2:]) != (size, size):
         arguments["img_size"] = size
     if timm.model_entrypoint(name).__module__ == LVViT.__module__:
         arguments["aux_head"] = config.data.supervision == "token"
+    if config.tokenizer.refinements:
+        arguments["embed_layer"] = tokenizer(*config.tokenizer.refinements)
     try:
         model: nn.Module = timm.create_model(name, **(arguments | config.model.args))
     except (TypeError, ValueError, AssertionError) as error:
@@ -134,7 +160,7 @@ def _train_loader(
     data = config.data
     pixels = resolve_model_data_config(_described(model))  # type: ignore[no-untyped-call]
     return TokenLabelLoader(
-        data.images,
+        images_of(data),
         store,
         image_size=config.model.image_size,
         batch_size=batch_size_per_rank(config),
@@ -157,6 +183,25 @@ def _train_loader(
         threads=_threads(config),
         index_dir=data.index_dir,
     )
+
+
+def images_of(data: DataConfig) -> tuple[str, ...]:
+    """Patterns of the training images, or the tars that make up the part of them that is used (`data.fraction`).
+
+    Raises:
+        ValueError: the part is less than a tar, or of a tree, whose shards are classes.
+    """
+    if data.fraction == 1:
+        return data.images
+    tars = [shard.path for shard in find_shards(data.images)]
+    num_used = round(data.fraction * len(tars))
+    if not all(tar.endswith(".tar") for tar in tars) or num_used == 0:
+        what = "class folders, which would leave classes out" if num_used else f"{len(tars)} tars, less than one"
+        raise ValueError(
+            f"data.fraction {data.fraction} of the training images is of {what}; use more and smaller tars"
+        )
+    places = np.linspace(0, len(tars), num_used, endpoint=False).astype(int)
+    return tuple(tars[place] for place in places)
 
 
 def _grid(config: RunConfig, model: nn.Module) -> Grid | None:
@@ -198,5 +243,5 @@ def _threads(config: RunConfig) -> int:
 
 def _described(model: nn.Module) -> nn.Module:
     """The timm model, whose configuration says how pixels are normalised."""
-    model = model.model if isinstance(model, TLAlign) else model
+    model = student(model)
     return model.model if isinstance(model, DenseClassifier) else model

@@ -9,6 +9,10 @@ from tokenlabels.trainer.config import TrainerConfig
 Supervision = Literal["token", "relabel", "hard"]
 Mix = Literal["mixtoken", "cutmix", "mixup", "random", "blockwise"]
 AlignMethod = Literal["tl_align", "transmix"]
+Refinement = Literal["intra", "local", "inter", "frozen", "conv_stem"]
+Modulation = Literal["moto", "layer_norm", "batch_norm", "instance_norm"]
+Placement = Literal["every", "first", "stem"]
+Partition = Literal["soft", "hard"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class DataConfig:
             refused: such labels are of other classes. None asks for a tenth of the way from chance to all.
         threads: that read and decode, per rank; None shares out the cores of a machine among its ranks.
         index_dir: where indexes of tars are kept; None is beside them.
+        fraction: share of the training tars that is used, evenly from the first to the last; above 0 and at most 1.
     """
 
     images: tuple[str, ...] = ()
@@ -80,12 +85,16 @@ class DataConfig:
     min_agreement: float | None = None
     threads: int | None = None
     index_dir: str | None = None
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("data.supervision", self.supervision, Supervision)
         if self.mix is not None:
             check_choice("data.mix", self.mix, Mix)
         check_count("data.batch_size", self.batch_size)
+        check_share("data.fraction", self.fraction)
+        if self.fraction == 0:
+            raise ValueError("data.fraction is 0, and nothing would be trained on; give a share above 0, at most 1")
         if self.min_agreement is not None:
             check_share("data.min_agreement", self.min_agreement)
 
@@ -116,17 +125,63 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
+class TokenizerConfig:
+    """How images become tokens (arXiv 2212.11115), beside what the model does by itself.
+
+    Attributes:
+        refinements: of the patch embedding of a ViT, see `tokenlabels.models.tokenizers`.
+        norm: normalisation of the patch embeddings, see `tokenlabels.models.modulation`; None is none.
+        placement: after which of them.
+        blocks: numbers of blocks at whose end it acts too.
+        num_entities, partition: of "moto".
+    """
+
+    refinements: tuple[Refinement, ...] = ()
+    norm: Modulation | None = None
+    placement: Placement = "every"
+    blocks: tuple[int, ...] = ()
+    num_entities: int = 8
+    partition: Partition = "soft"
+
+    def __post_init__(self) -> None:
+        check_count("tokenizer.num_entities", self.num_entities)
+        if self.norm is None and self.blocks:
+            raise ValueError("tokenizer.blocks say where tokenizer.norm acts, which is None; set it, or leave them out")
+
+
+@dataclass(frozen=True)
+class TokenPropConfig:
+    """Reconstruction of the image from its tokens as a second objective, see `tokenlabels.models.tokenprop`.
+
+    Attributes:
+        weight: of the reconstruction (the paper has 0.001); 0 reconstructs nothing.
+        loss, scale, width: of the decoder, see there.
+    """
+
+    weight: float = 0.0
+    loss: Literal["l1", "l2"] = "l2"
+    scale: Literal[64, 128, 256] = 64
+    width: Literal[1, 2, 4] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"token_prop.weight must be a finite number of 0 or more, got {self.weight!r}")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run. `jobs.recipes` has the papers'; ``python -m jobs.train NAME`` runs them.
 
     Attributes:
-        model, data, trainer, align: see there.
+        model, data, trainer, align, tokenizer, token_prop: see there.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    token_prop: TokenPropConfig = field(default_factory=TokenPropConfig)
 
     def __post_init__(self) -> None:
         if self.align.method is not None and self.data.mix in (None, "mixtoken"):
@@ -134,3 +189,5 @@ class RunConfig:
                 f"align.method={self.align.method} follows pixels that are mixed, and data.mix is {self.data.mix!r}; "
                 "use data.mix=cutmix, mixup, random or blockwise"
             )
+        if self.align.method is not None and self.token_prop.weight > 0:
+            raise ValueError("align.method and token_prop.weight are not trained together; set one of them")

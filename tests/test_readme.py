@@ -1,4 +1,4 @@
-"""What the README, docs/training.md and docs/align.md show, runs."""
+"""What the README, docs/training.md, docs/align.md and docs/tokenizers.md show, runs."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,8 @@ from tokenlabels.align.rules import BLOCK_RULES
 from tokenlabels.mixing import MixPlan
 
 ROOT = Path(__file__).parents[1]
-README, TRAINING, ALIGN = ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "align.md"
+README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
+ALIGN, TOKENIZERS = ROOT / "docs" / "align.md", ROOT / "docs" / "tokenizers.md"
 
 
 def python_blocks(containing: str, page: Path = README) -> list[str]:
@@ -112,3 +113,13 @@ def test_targets_that_follow_the_tokens(tmp_path: Path, monkeypatch: pytest.Monk
     logits, share = TLAlign(model)(mixed, plan)
     torch.testing.assert_close(logits, model(mixed))
     assert ((share - plan.share()).abs() > 0).all()
+
+
+def test_other_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks("", TOKENIZERS)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["predictions"].shape == (4, 10)
+    assert names["moto"].beta.grad.abs().max() > 0
+    assert not any("decoder" in name for name in torch.load("student.pt"))

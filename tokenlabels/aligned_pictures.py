@@ -1,18 +1,31 @@
 """Pictures of mixed images and of the labels of their tokens, before and after TL-Align (arXiv 2210.06455, Figures 5
 and 8): red is the own image, blue the partner's."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from tokenlabels.checks import Grid
+from tokenlabels.drawing import (
+    FAINT_INK,
+    FONT_PX,
+    GAP_PX,
+    INK,
+    LINE_PX,
+    MARGIN_PX,
+    PAPER,
+    SMALLEST_PX,
+    TITLE_PX,
+    Pixels,
+    fitted,
+    font_of,
+    paint_cells,
+    panel_size,
+    resized,
+)
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Pixels = NDArray[np.uint8]
 Shares = NDArray[np.floating]
 
 COLUMNS = ("own image", "partner", "mixed image", "labels by area", "labels after TL-Align")
@@ -21,13 +34,7 @@ COLUMNS = ("own image", "partner", "mixed image", "labels by area", "labels afte
 # the ends are equally dark, so that in grey neither side looks like more.
 _STOPS = np.array([(24, 99, 196), (146, 190, 240), (246, 244, 240), (245, 164, 148), (196, 30, 48)], np.float64)
 _OPACITY = 0.72  # of cells over the photograph
-_DIMMED = (40.0, 0.6)  # black level and contrast of the photograph below
-_GRID_LINE, _MIN_LINED_CELL_PX = 0.3, 8  # opacity of lines, and the smallest cells that have them
-
-_SMALLEST_PX, _WANTED_PX, _LARGEST_PX = 192, 256, 512  # of the longer side of a panel
-_MARGIN_PX, _GAP_PX, _LINE_PX, _FONT_PX, _TITLE_PX = 24, 12, 22, 14, 18
 _LEGEND_PX = (220, 12)
-_PAPER, _INK, _FAINT_INK = (255, 255, 255), (32, 33, 36), (95, 99, 104)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +74,7 @@ class AlignedPair:
     def panel_size(self) -> tuple[int, int]:
         """(height, width) in pixels at which the images and maps are drawn."""
         height, width, _ = self.own.shape
-        return _panel_size((height, width), [self.initial.shape, self.aligned.shape])
+        return panel_size((height, width), [self.initial.shape, self.aligned.shape])
 
 
 def draw_pairs(pairs: Sequence[AlignedPair], title: str) -> Image.Image:
@@ -85,19 +92,19 @@ def draw_pairs(pairs: Sequence[AlignedPair], title: str) -> Image.Image:
     """
     if not pairs:
         raise ValueError("there is nothing to draw: give a pair at least")
-    step = max(max(pair.panel_size[1] for pair in pairs), _SMALLEST_PX) + _GAP_PX
+    step = max(max(pair.panel_size[1] for pair in pairs), SMALLEST_PX) + GAP_PX
     rows = [_row(pair, step) for pair in pairs]
-    top = _MARGIN_PX + _LEGEND_PX[1] + 2 * _GAP_PX + 2 * _LINE_PX
-    width = 2 * _MARGIN_PX + len(COLUMNS) * step - _GAP_PX
-    picture = Image.new("RGB", (width, top + sum(row.height for row in rows) + _MARGIN_PX - _GAP_PX), _PAPER)
-    draw, font, title_font = ImageDraw.Draw(picture), _font(_FONT_PX), _font(_TITLE_PX)
-    room = width - 2 * _MARGIN_PX - _LEGEND_PX[0] - 2 * _GAP_PX
-    draw.text((_MARGIN_PX, _MARGIN_PX), _fitted(title, room, title_font), _INK, title_font, anchor="lt")
-    picture.paste(_legend(), (width - _MARGIN_PX - _LEGEND_PX[0], _MARGIN_PX))
+    top = MARGIN_PX + _LEGEND_PX[1] + 2 * GAP_PX + 2 * LINE_PX
+    width = 2 * MARGIN_PX + len(COLUMNS) * step - GAP_PX
+    picture = Image.new("RGB", (width, top + sum(row.height for row in rows) + MARGIN_PX - GAP_PX), PAPER)
+    draw, font, title_font = ImageDraw.Draw(picture), font_of(FONT_PX), font_of(TITLE_PX)
+    room = width - 2 * MARGIN_PX - _LEGEND_PX[0] - 2 * GAP_PX
+    draw.text((MARGIN_PX, MARGIN_PX), fitted(title, room, title_font), INK, title_font, anchor="lt")
+    picture.paste(_legend(), (width - MARGIN_PX - _LEGEND_PX[0], MARGIN_PX))
     for index, heading in enumerate(COLUMNS):
-        draw.text((_MARGIN_PX + index * step, top - _LINE_PX), heading, _FAINT_INK, font)
+        draw.text((MARGIN_PX + index * step, top - LINE_PX), heading, FAINT_INK, font)
     for row in rows:
-        picture.paste(row, (_MARGIN_PX, top))
+        picture.paste(row, (MARGIN_PX, top))
         top += row.height
     return picture
 
@@ -116,73 +123,33 @@ def paint_labels(mixed: Pixels, shares: Shares) -> Pixels:
         shares: [h, w], of the own image, 0..1.
 
     Returns:
-        uint8 [H, W, 3]. A pixel belongs to the cell that holds its centre; lines between cells are the first pixels of
-        the cells below and to the right.
+        uint8 [H, W, 3], see `paint_cells`.
     """
-    black, contrast = _DIMMED
-    grey = black + contrast * np.asarray(Image.fromarray(mixed).convert("L"), np.float64)[..., None]
-    row, column = (_cells(pixels, cells) for pixels, cells in zip(mixed.shape[:2], shares.shape, strict=True))
-    painted = grey + _OPACITY * (colours_of(shares)[np.ix_(row, column)] - grey)
-    if min(mixed.shape[0] / shares.shape[0], mixed.shape[1] / shares.shape[1]) >= _MIN_LINED_CELL_PX:
-        lines = (np.diff(row, prepend=0) > 0)[:, None] | (np.diff(column, prepend=0) > 0)
-        painted = np.where(lines[..., None], painted + _GRID_LINE * (255 - painted), painted)
-    return painted.round().astype(np.uint8)
-
-
-def _cells(num_pixels: int, num_cells: int) -> NDArray[np.intp]:
-    """The cell of every pixel along one side."""
-    return (2 * np.arange(num_pixels) + 1) * num_cells // (2 * num_pixels)
-
-
-def _panel_size(size: Grid, grids: Sequence[tuple[int, ...]]) -> Grid:
-    """A readable size of the same aspect at which all cells are whole pixels: the image's own, if it is one."""
-    longest = max(size)
-    if _SMALLEST_PX <= longest <= _LARGEST_PX:
-        return size
-    unit = math.gcd(*size)
-    sizes = [(size[0] // unit * k, size[1] // unit * k) for k in range(1, _LARGEST_PX * unit // longest + 1)]
-    whole = [(h, w) for h, w in sizes if all(h % rows == 0 and w % columns == 0 for rows, columns in grids)]
-    return min(whole, key=lambda fitting: abs(max(fitting) - _WANTED_PX), default=size)
+    return paint_cells(mixed, colours_of(shares), _OPACITY)
 
 
 def _row(pair: AlignedPair, step_px: int) -> Image.Image:
     """The five panels of a pair, `step_px` apart, each with a line below."""
-    height, width = pair.panel_size
-    own, partner, mixed = (
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-        for pixels in (pair.own, pair.partner, pair.mixed)
-    )
+    size = pair.panel_size
+    own, partner, mixed = (resized(pixels, size) for pixels in (pair.own, pair.partner, pair.mixed))
     maps = [Image.fromarray(paint_labels(np.asarray(mixed), shares)) for shares in (pair.initial, pair.aligned)]
     area = float(pair.initial.mean())
     lines = (*pair.names, "", f"own {area:.1%} of the image", f"own {pair.target:.1%} of what is classified")
-    row = Image.new("RGB", (len(COLUMNS) * step_px, height + _LINE_PX + 2 * _GAP_PX), _PAPER)
-    draw, font = ImageDraw.Draw(row), _font(_FONT_PX)
+    row = Image.new("RGB", (len(COLUMNS) * step_px, size[0] + LINE_PX + 2 * GAP_PX), PAPER)
+    draw, font = ImageDraw.Draw(row), font_of(FONT_PX)
     for index, (panel, line) in enumerate(zip((own, partner, mixed, *maps), lines, strict=True)):
         row.paste(panel, (index * step_px, 0))
-        draw.text((index * step_px, height + 4), _fitted(line, step_px - _GAP_PX, font), _INK, font)
+        draw.text((index * step_px, size[0] + 4), fitted(line, step_px - GAP_PX, font), INK, font)
     return row
 
 
 def _legend() -> Image.Image:
     """The scale of colours, as they lie on a photograph of medium brightness."""
     width, height = _LEGEND_PX
-    legend = Image.new("RGB", (width, height + _LINE_PX), _PAPER)
+    legend = Image.new("RGB", (width, height + LINE_PX), PAPER)
     medium = np.full((height, width, 3), 128, np.uint8)
     legend.paste(Image.fromarray(paint_labels(medium, np.linspace(0, 1, width)[None])))
-    draw, font = ImageDraw.Draw(legend), _font(_FONT_PX)
+    draw, font = ImageDraw.Draw(legend), font_of(FONT_PX)
     for x, anchor, text in ((0, "la", "all partner"), (width // 2, "ma", "half"), (width - 1, "ra", "all own")):
-        draw.text((x, height + 3), text, _INK, font, anchor=anchor)
+        draw.text((x, height + 3), text, INK, font, anchor=anchor)
     return legend
-
-
-def _fitted(text: str, width_px: float, font: Font) -> str:
-    """The text, cut with an ellipsis where it would be wider."""
-    shown = text = " ".join(text.split())
-    while text and font.getlength(shown) > width_px:
-        text = text[:-1]
-        shown = f"{text.rstrip()}…"
-    return shown
-
-
-def _font(size_px: int) -> Font:
-    return ImageFont.load_default(size_px)

@@ -4,10 +4,7 @@ Legend: B images, P prefix tokens, N patch tokens, K classes.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +23,7 @@ from tokenlabels.align import Backend, TLAlign
 from tokenlabels.align.operations import first_labels
 from tokenlabels.checks import Grid
 from tokenlabels.losses import token_label_loss
-from tokenlabels.measure import peak_memory
+from tokenlabels.measure import peak_memory, run_fresh
 from tokenlabels.mixing import MixPlan
 from tokenlabels.sparse_targets import TokenTargets
 from tokenlabels.trainer.config import OptimizerConfig
@@ -259,10 +256,7 @@ def cuda_peak(training: Training, way: str) -> int:
 def cpu_peak(case: Case, batch_size: int, precision: Precision, way: str) -> int:
     """Bytes at the highest point of a step in a process of its own, without those of the process itself."""
     arguments = json.dumps([asdict(case), batch_size, precision, way])
-    # Freed tensors go back to the system at once, so that those of the first step do not hide a part of the peak.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", f"from jobs.bench.align import _print_peak; _print_peak({arguments!r})"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    return int(run_fresh(f"from jobs.bench.align import _print_peak; _print_peak({arguments!r})"))
 
 
 def _print_peak(arguments: str) -> None:

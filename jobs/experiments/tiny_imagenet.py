@@ -1,5 +1,6 @@
 """What supervises and what mixes (Token Labeling, arXiv 2104.10858, Table 2), and targets that follow the tokens
-(TL-Align, arXiv 2210.06455, Table 2), on 50 classes of Tiny ImageNet.
+(TL-Align, arXiv 2210.06455, Table 2), and other tokenizers (MoTo and TokenProp, arXiv 2212.11115, Table 12), on 50
+classes of Tiny ImageNet.
 
     python -m jobs.experiments.tiny_imagenet --data ../shared/data/tiny-imagenet-50 --out runs/tiny --scale reduced
 
@@ -26,7 +27,16 @@ from annotate.progress import ProgressBar
 from annotate.schedule import Job, run_inline
 from annotate.shard import AnnotateConfig
 from annotate.teachers import TeacherSpec
-from jobs.config import AlignConfig, AlignMethod, DataConfig, Mix, ModelConfig, RunConfig, Supervision
+from jobs.config import (
+    AlignConfig,
+    DataConfig,
+    Mix,
+    ModelConfig,
+    RunConfig,
+    Supervision,
+    TokenizerConfig,
+    TokenPropConfig,
+)
 from jobs.experiments.localisation import Localisation, localise_store, read_boxes
 from jobs.experiments.scales import FULL, IMAGE_SIZE_PX, PATCH_SIZE_PX, REDUCED, Course, Scale
 from jobs.overrides import as_dict, differences, from_dict
@@ -45,12 +55,15 @@ MIXES: dict[Mix, str] = {"mixtoken": "MixToken", "cutmix": "CutMix"}
 """Columns of the table, with their titles."""
 
 
+Method = Literal["transmix", "tl_align", "moto", "token_prop", "moto_token_prop"]
+
+
 class Row(NamedTuple):
-    """A row of the table: what targets are made of, and how the shares of mixed images are found."""
+    """A row of the table: what targets are made of, and what else is done. Methods are tried with CutMix alone."""
 
     title: str
     supervision: Supervision
-    align: AlignMethod | None = None
+    method: Method | None = None
 
 
 ROWS = (
@@ -60,6 +73,9 @@ ROWS = (
     Row("hard labels, TransMix", "hard", "transmix"),
     Row("hard labels, TL-Align", "hard", "tl_align"),
     Row("token labels, TL-Align for every token", "token", "tl_align"),
+    Row("hard labels, MoTo", "hard", "moto"),
+    Row("hard labels, TokenProp", "hard", "token_prop"),
+    Row("hard labels, MoTo and TokenProp", "hard", "moto_token_prop"),
 )
 
 
@@ -68,17 +84,26 @@ class Arm(NamedTuple):
 
     supervision: Supervision
     mix: Mix
-    align: AlignMethod | None = None
+    method: Method | None = None
 
     @property
     def name(self) -> str:
         """Of the folders of its runs."""
         return "-".join(filter(None, self))
 
+    def applied(self, config: RunConfig) -> RunConfig:
+        """A run with the arm's method."""
+        if self.method in ("transmix", "tl_align"):
+            return replace(config, align=AlignConfig(self.method))
+        if self.method in ("moto", "moto_token_prop"):
+            config = replace(config, tokenizer=TokenizerConfig(norm="moto"))
+        if self.method in ("token_prop", "moto_token_prop"):
+            config = replace(config, token_prop=TokenPropConfig(weight=1e-3))
+        return config
 
-# Labels follow pixels that are mixed: not MixToken.
+
 ARMS = tuple(
-    Arm(row.supervision, mix, row.align) for row in ROWS for mix in MIXES if row.align is None or mix != "mixtoken"
+    Arm(row.supervision, mix, row.method) for row in ROWS for mix in MIXES if not row.method or mix == "cutmix"
 )
 
 
@@ -126,7 +151,7 @@ class Study:
         data = DataConfig(self.train[: self.scale.num_tars], labels, supervision=arm.supervision, mix=arm.mix)
         model = ModelConfig("lvvit_t", args={"patch_size": PATCH_SIZE_PX} | self.scale.student)
         config = self._config(self.scale.student_course, model, data, smoothing=0.1, seed=seed)
-        return replace(config, align=AlignConfig(arm.align))
+        return arm.applied(config)
 
     def _config(
         self, course: Course, model: ModelConfig, data: DataConfig, *, smoothing: float, seed: int
@@ -157,13 +182,13 @@ class StudentResult:
     """One run of one arm.
 
     Attributes:
-        supervision, mix, align, seed: which.
+        supervision, mix, method, seed: which.
         top1: share of the validation images that are right after the last epoch, 0..1.
     """
 
     supervision: Supervision
     mix: Mix
-    align: AlignMethod | None
+    method: Method | None
     seed: int
     top1: float
 
@@ -191,7 +216,7 @@ class Results:
     def as_markdown(self) -> str:
         """A table of targets and ways of mixing, and what has to be known to read it."""
         scale, course, found = self.scale, self.scale.student_course, self.localisation
-        rows = [[row.title, *(self._cell(Arm(row.supervision, mix, row.align)) for mix in MIXES)] for row in ROWS]
+        rows = [[row.title, *(self._cell(Arm(row.supervision, mix, row.method)) for mix in MIXES)] for row in ROWS]
         head = ["targets", *MIXES.values()]
         table = "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
         student = ", ".join(f"{name} {value}" for name, value in scale.student.items())
@@ -209,7 +234,7 @@ class Results:
         )
 
     def _cell(self, arm: Arm) -> str:
-        top1 = [100 * run.top1 for run in self.students if (run.supervision, run.mix, run.align) == arm]
+        top1 = [100 * run.top1 for run in self.students if (run.supervision, run.mix, run.method) == arm]
         if not top1:
             return "-"
         seeds = "1 seed" if len(top1) == 1 else f"{len(top1)} seeds"

@@ -1,15 +1,18 @@
 """From a configuration to the model and the loaders that it names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
-from jobs.build import batch_size_per_rank, build_model, build_run
-from jobs.config import RunConfig
+from jobs.build import batch_size_per_rank, build_model, build_run, images_of
+from jobs.config import DataConfig, RunConfig
 from jobs.overrides import apply_overrides
 from jobs.recipes import get_recipe
+from tokenlabels.images import find_shards
 from tokenlabels.models import DenseClassifier, LVViT
 from tokenlabels.trainer import ranks
 
@@ -80,6 +83,29 @@ def test_sizes_without_whole_patches_to_mix(make_run: MakeRun, mix: str) -> None
     )
     with pytest.raises(ValueError, match=f"data.mix={mix} mixes patches of 16 pixels, which images of 40 pixels"):
         build_run(config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("num_tars", "fraction", "used"),
+    [(10, 0.5, [0, 2, 4, 6, 8]), (10, 0.1, [0]), (10, 1.0, range(10)), (3, 0.4, [0]), (5, 0.8, [0, 1, 2, 3])],
+)
+def test_a_part_of_the_tars(tmp_path: Path, num_tars: int, fraction: float, used: Iterable[int]) -> None:
+    for number in range(num_tars):
+        (tmp_path / f"train-{number:02d}.tar").touch()
+    pattern = str(tmp_path / "train-*.tar")
+    found = find_shards(images_of(DataConfig((pattern,), fraction=fraction)))
+    assert [Path(shard.path).name for shard in found] == [f"train-{number:02d}.tar" for number in used]
+
+
+def test_less_than_a_tar_and_parts_of_trees(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(ValueError, match=r"data.fraction 0.2 of the training images is of 1 tars, less than one"):
+        images_of(DataConfig((str(tmp_path / "a.tar"),), fraction=0.2))
+    for name in ("cat", "dog"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "tree" / name / "1.png")
+    with pytest.raises(ValueError, match="class folders, which would leave classes out"):
+        images_of(DataConfig((str(tmp_path / "tree"),), fraction=0.5))
 
 
 def test_seeds_make_weights(make_run: MakeRun) -> None:

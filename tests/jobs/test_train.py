@@ -37,6 +37,13 @@ def test_what_a_run_leaves(make_run: MakeRun, tmp_path: Path) -> None:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
 
 
+MOTO_SWIN = (
+    "model.image_size=64",
+    "model.args={'embed_dim': 12, 'depths': (1, 1), 'num_heads': (1, 2), 'window_size': 4}",
+    "tokenizer.num_entities=4",
+)
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings"),
     [
@@ -50,6 +57,10 @@ def test_what_a_run_leaves(make_run: MakeRun, tmp_path: Path) -> None:
         pytest.param("lvvit_t", ("trainer.ema_decay=none", "trainer.optimizer.name=sgd"), id="SGD without average"),
         pytest.param("deit_s_tl_align", ("model.name=test_vit", "model.args={}"), id="TL-Align"),
         pytest.param("deit_s_random_tl_align", ("model.name=test_vit", "model.args={}"), id="TL-Align, random patches"),
+        pytest.param("swin_t_moto_token_prop", MOTO_SWIN, id="MoTo and TokenProp, Swin"),
+        pytest.param(
+            "lvvit_t", ("tokenizer.norm=moto", "tokenizer.num_entities=2", "token_prop.weight=0.001"), id="MoTo, LV-ViT"
+        ),
         pytest.param("deit_s_transmix", ("model.name=test_vit", "model.args={}"), id="TransMix"),
         pytest.param("lvvit_t", ("data.mix=cutmix", "align.method=tl_align"), id="TL-Align of every token, LV-ViT"),
         pytest.param(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tokenlabels import aligned_pictures
 from tokenlabels.aligned_pictures import AlignedPair, colours_of, draw_pairs, paint_labels
+from tokenlabels.drawing import GAP_PX, LINE_PX, MARGIN_PX, panel_size
 
 RED, BLUE = colours_of(np.array([1.0, 0.0])).astype(int)
 GREY = np.full((60, 80, 3), 100, np.uint8)
@@ -33,7 +34,7 @@ def pair(size: tuple[int, int] = (224, 224), **changes: Any) -> AlignedPair:
 
 def panels(picture: Image.Image, size: tuple[int, int], row: int = 0) -> list[NDArray[np.int64]]:
     """The five panels of a row, cut out of the picture where they have to be."""
-    margin, gap, line = aligned_pictures._MARGIN_PX, aligned_pictures._GAP_PX, aligned_pictures._LINE_PX
+    margin, gap, line = MARGIN_PX, GAP_PX, LINE_PX
     step = (picture.width - 2 * margin + gap) // 5
     top = margin + aligned_pictures._LEGEND_PX[1] + 2 * gap + 2 * line + row * (size[0] + line + 2 * gap)
     pixels = np.asarray(picture).astype(int)
@@ -115,7 +116,7 @@ class TestPanelSize:
     def test_cells_are_whole_pixels(
         self, size: tuple[int, int], grids: list[tuple[int, int]], expected: tuple[int, int]
     ) -> None:
-        assert aligned_pictures._panel_size(size, grids) == expected
+        assert panel_size(size, grids) == expected
 
 
 class TestDrawnPairs:

@@ -1,7 +1,5 @@
 """Figures are what they say. No test looks at how fast anything is."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 
 from tokenlabels import measure
-from tokenlabels.measure import interleave
+from tokenlabels.measure import interleave, run_fresh
 
 
 class Side:
@@ -66,7 +64,7 @@ with peak_memory() as peak:
     {block}
 print(peak.num_bytes)
 """
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return int(run_fresh(code))
 
 
 class TestPeakMemory:

@@ -16,6 +16,7 @@ rules.py      which rule belongs to which kind of block, and running blocks by t
 vit.py        ViT, DeiT, LV-ViT
 swin.py       Swin v1 and v2
 pvt.py        PVT v2
+pvt_v1.py     PVT, of `tokenlabels.models`
 mixer.py      MLP-Mixer
 convnext.py   ConvNeXt v1 and v2
 

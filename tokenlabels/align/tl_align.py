@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 # The families register themselves when they are imported.
-from tokenlabels.align import convnext, mixer, pvt, swin, vit  # noqa: F401
+from tokenlabels.align import convnext, mixer, pvt, pvt_v1, swin, vit  # noqa: F401
 from tokenlabels.align.attention import Backend
 from tokenlabels.align.families import Features, FirstLabels, find_family
 from tokenlabels.align.operations import first_labels
@@ -30,7 +30,8 @@ class TLAlign(nn.Module):
     Labels need no gradient (equation 12), no parameters, and nothing at inference; ``aligned.model`` is what you keep.
 
     Args:
-        model: ViT, DeiT, Swin, Swin v2, PVT v2, MLP-Mixer or ConvNeXt of timm, LV-ViT, or `DenseClassifier` around one.
+        model: ViT, DeiT, Swin, Swin v2, PVT v2, MLP-Mixer or ConvNeXt of timm, LV-ViT or PVT of `tokenlabels.models`,
+            or `DenseClassifier` around one.
         backend: how labels go through attention, see `tokenlabels.align.attention`; None takes the fastest.
         layers: numbers of the blocks that labels follow, from 0 over all stages, negative ones from the end; None is
             all. Rows 2 and 3 of Table 8 are ``(-1,)`` and ``(1, 3, 5, 7)``; the first averages the share by area with

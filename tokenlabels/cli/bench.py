@@ -118,6 +118,36 @@ def bench_align(
         typer.echo(measure(name, case, batch_size, place, precision=precision, steps=steps, rounds=rounds))
 
 
+@bench.command("moto")
+@show_user_errors
+def bench_moto(
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", help="Side of the map in pixels; several are measured. [default: 224 384 512 1024]"),
+    ] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="What needs more is not run. [default: half of what is free]", min=0)
+    ] = None,
+    max_seconds: Annotated[float, typer.Option(help="Calls that would take longer are not run.", min=0)] = 5,
+    model: Annotated[str, typer.Option(help="timm model that TokenProp is joined to.")] = "deit_small_patch16_224",
+    batch_size: Annotated[int, typer.Option(help="Images of its training step.", min=2)] = 8,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of its forward pass.")] = "fp32",
+    steps: Annotated[int, typer.Option(help="Training steps of a round.", min=1)] = 2,
+    device: DeviceOption = "auto",
+    rounds: Rounds = 5,
+) -> None:
+    """MoTo against the literal loop and against attention between pixels; a training step with TokenProp."""
+    with needs_checkout("the loop and the attention to compare with"):
+        from jobs.bench.moto import SIZES
+        from jobs.bench.moto import bench_moto as measure
+        from jobs.bench.token_prop import bench_token_prop
+    from tokenlabels.trainer.ranks import join_ranks
+
+    place = join_ranks(device)
+    typer.echo(measure(sizes or SIZES, place, rounds=rounds, memory_gb=memory_gb, max_seconds=max_seconds))
+    typer.echo(bench_token_prop(model, batch_size, place, precision=precision, steps=steps, rounds=rounds))
+
+
 @bench.command("loader")
 @show_user_errors
 def bench_loader(

@@ -55,7 +55,7 @@ class DenseClassifier(nn.Module):
         self.num_classes = count_classes(model, name)
         if isinstance(model, LVViT) and model.aux_head is not None:
             raise FeatureError(f"{name}: it classifies its tokens already; train it as it is")
-        self.image_size = _image_size(model, name, image_size)
+        self.image_size = find_image_size(model, name, image_size)
         self.model = model
         embedding = find_patch_embedding(model)
         parameter = next(model.parameters())
@@ -159,7 +159,7 @@ class DenseClassifier(nn.Module):
         return features
 
 
-def _image_size(model: nn.Module, name: str, image_size: int | Sequence[int] | None) -> Grid:
+def find_image_size(model: nn.Module, name: str, image_size: int | Sequence[int] | None) -> Grid:
     """Pixels of the images to come, (height, width): as given, or what the model is built for."""
     if image_size is None:
         image_size = getattr(find_patch_embedding(model), "img_size", None)

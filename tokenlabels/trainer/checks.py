@@ -7,6 +7,7 @@ from torch import nn
 from tokenlabels.align import TLAlign
 from tokenlabels.trainer.batches import TrainingBatch
 from tokenlabels.trainer.config import TrainerConfig
+from tokenlabels.trainer.step import student
 
 
 def check_batch(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) -> None:
@@ -30,7 +31,7 @@ def check_batch(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) -
     grid = targets.grid if targets.grid is None else getattr(model, "grid", None) or targets.grid
     targets.check_model(name, grid=grid, num_classes=getattr(model, "num_classes", targets.num_classes))
     is_to_mix = batch.plan is not None and not batch.is_mixed
-    if is_to_mix and "plan" not in inspect.signature(model.forward).parameters:
+    if is_to_mix and "plan" not in inspect.signature(student(model).forward).parameters:
         raise ValueError(f"{name} takes no plan and cannot mix tokens; wrap it in DenseClassifier, or use mix='cutmix'")
     is_trained = targets.grid is not None and config.loss.dense_weight > 0
     if getattr(model, "aux_head", None) is not None and not is_trained:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from tokenlabels.align import TLAlign
 from tokenlabels.losses import token_label_loss
+from tokenlabels.models.tokenprop import TokenProp
 from tokenlabels.trainer.batches import TrainingBatch
 from tokenlabels.trainer.config import TrainerConfig
 from tokenlabels.trainer.ranks import rank_and_world_size, seed_step
@@ -27,7 +28,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 def batch_loss(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) -> Tensor:
-    """The token-labelling loss of one batch, a scalar.
+    """The token-labelling loss of one batch, a scalar; with that of `TokenProp`, if the model is one.
 
     Args:
         model: gives (image logits, token logits) for targets with tokens, image logits for others; called with the
@@ -41,15 +42,19 @@ def batch_loss(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) ->
     if batch.targets is None:
         raise ValueError("the batches have no targets: give the loader labels, or num_classes for hard labels")
     images = batch.images.contiguous(memory_format=torch.channels_last) if config.channels_last else batch.images
-    targets = batch.targets
-    if isinstance(unwrapped(model), TLAlign):
+    plans = () if batch.plan is None or batch.is_mixed else (batch.plan,)
+    targets, wrapper = batch.targets, unwrapped(model)
+    reconstruction: Tensor | float = 0.0
+    if isinstance(wrapper, TLAlign):
         assert batch.plan is not None, "check_batch refuses such batches"
         outputs, share, token_share = model(images, batch.plan, return_token_share=True)
         targets = batch.plan.mix_targets(targets, share, None if targets.grid is None else token_share)
+    elif isinstance(wrapper, TokenProp):
+        outputs, reconstruction = model(images, *plans)
     else:
-        outputs = model(images) if batch.plan is None or batch.is_mixed else model(images, batch.plan)
+        outputs = model(images, *plans)
     image_logits, token_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
-    return token_label_loss(
+    loss = token_label_loss(
         image_logits,
         token_logits,
         targets.smooth(config.loss.smoothing),
@@ -57,6 +62,7 @@ def batch_loss(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) ->
         dense_weight=config.loss.dense_weight,
         keep_tokens=config.loss.keep_tokens,
     )
+    return loss + reconstruction
 
 
 class OptimizerStep:
@@ -195,7 +201,7 @@ def autocast(device: torch.device, config: TrainerConfig) -> torch.autocast:
 
 def student(model: nn.Module) -> nn.Module:
     """What is kept of a model: without what training alone puts around it."""
-    return student(model.model) if isinstance(model, TLAlign) else model
+    return student(model.model) if isinstance(model, TLAlign | TokenProp) else model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -54,12 +54,15 @@ def changed_fields(left: RunConfig, right: RunConfig) -> set[str]:
 class TestConfigs:
     def test_arms_differ_in_supervision_and_mixing_alone(self, study: Study) -> None:
         first = study.student_config(ARMS[0], 0)
-        assert len(set(ARMS)) == 9
-        assert len({arm.name for arm in ARMS}) == 9
+        assert len(set(ARMS)) == 12
+        assert len({arm.name for arm in ARMS}) == 12
         for arm in ARMS:
             config = study.student_config(arm, 0)
-            assert changed_fields(first, config) <= {"data.supervision", "data.mix", "align.method"}
-            assert (config.data.supervision, config.data.mix, config.align.method) == arm
+            changed = {"data.supervision", "data.mix", "align.method", "tokenizer.norm", "token_prop.weight"}
+            assert changed_fields(first, config) <= changed
+            assert (config.data.supervision, config.data.mix) == arm[:2]
+            used = {config.align.method, config.tokenizer.norm, "token_prop" if config.token_prop.weight else None}
+            assert "_".join(sorted(filter(None, used))) == (arm.method or "")
             assert changed_fields(config, study.student_config(arm, 1)) == {"trainer.seed"}
 
     def test_students_of_the_reduced_scale_see_the_first_tars_and_the_teacher_all(self, study: Study) -> None:
@@ -139,18 +142,21 @@ def results(scale: Scale, top1: dict[Arm, list[float]]) -> Results:
 
 
 def test_the_table() -> None:
-    top1 = {arm: [0.1 * (number + 1), 0.1 * (number + 1) + 0.05] for number, arm in enumerate(ARMS)}
+    top1 = {arm: [0.05 * (number + 1), 0.05 * (number + 1) + 0.05] for number, arm in enumerate(ARMS)}
     page = results(REDUCED, top1).as_markdown()
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert table == [
         "| targets | MixToken | CutMix |",
         "| --- | --- | --- |",
-        "| token labels | 12.5 ± 2.5 (2 seeds) | 22.5 ± 2.5 (2 seeds) |",
-        "| ReLabel | 32.5 ± 2.5 (2 seeds) | 42.5 ± 2.5 (2 seeds) |",
-        "| hard labels | 52.5 ± 2.5 (2 seeds) | 62.5 ± 2.5 (2 seeds) |",
-        "| hard labels, TransMix | - | 72.5 ± 2.5 (2 seeds) |",
-        "| hard labels, TL-Align | - | 82.5 ± 2.5 (2 seeds) |",
-        "| token labels, TL-Align for every token | - | 92.5 ± 2.5 (2 seeds) |",
+        "| token labels | 7.5 ± 2.5 (2 seeds) | 12.5 ± 2.5 (2 seeds) |",
+        "| ReLabel | 17.5 ± 2.5 (2 seeds) | 22.5 ± 2.5 (2 seeds) |",
+        "| hard labels | 27.5 ± 2.5 (2 seeds) | 32.5 ± 2.5 (2 seeds) |",
+        "| hard labels, TransMix | - | 37.5 ± 2.5 (2 seeds) |",
+        "| hard labels, TL-Align | - | 42.5 ± 2.5 (2 seeds) |",
+        "| token labels, TL-Align for every token | - | 47.5 ± 2.5 (2 seeds) |",
+        "| hard labels, MoTo | - | 52.5 ± 2.5 (2 seeds) |",
+        "| hard labels, TokenProp | - | 57.5 ± 2.5 (2 seeds) |",
+        "| hard labels, MoTo and TokenProp | - | 62.5 ± 2.5 (2 seeds) |",
     ]
     for fact in ("Scale **reduced**", "5,000 training images", "2,500 validation images", "half of the range"):
         assert fact in page
@@ -203,9 +209,9 @@ def test_from_images_to_the_table(
     experiment.main(data, out, "reduced")
     page = capsys.readouterr().out
     assert page == (out / "results.md").read_text(encoding="utf-8")
-    assert page.count("(1 seed)") == 9
+    assert page.count("(1 seed)") == 12
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert {(run["supervision"], run["mix"], run["align"]) for run in found["students"]} == set(ARMS)
+    assert {(run["supervision"], run["mix"], run["method"]) for run in found["students"]} == set(ARMS)
     assert all(0 <= run["top1"] <= 1 for run in found["students"])
     assert (found["num_images"], found["num_teacher_images"], found["num_val_images"]) == (24, 48, 24)
     assert found["localisation"]["num_images"] == 48

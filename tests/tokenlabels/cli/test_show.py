@@ -147,7 +147,12 @@ def test_photographs(run: Run, imagenet_sample: Path, tmp_path: Path, drawn: lis
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "no mode": (("show", "--model", "test_vit"), "say what to draw. There is --aligned: labels of mixed images"),
+    "no mode": (
+        ("show", "--model", "test_vit"),
+        "say what to draw, and one thing at a time. There is --aligned: labels",
+    ),
+    "two modes": ((*ALIGNED, "--layout"), "--layout: the most probable entity of every position"),
+    "options of another mode": ((*ALIGNED, *RANDOM, "--entities", "4"), "--entities is for --layout; leave it out"),
     "no model": ((*ALIGNED, "--images", "IMAGES"), "name the model: --model deit_small_patch16_224"),
     "no images": ((*ALIGNED, *RANDOM), "name the images: --images"),
     "no weights": ((*ALIGNED, *MODEL, "--images", "IMAGES"), "--checkpoint FILE, or --random-weights 0"),

@@ -1,4 +1,4 @@
-"""Classifiers of timm's families, small, for the tests of `DenseClassifier`."""
+"""Classifiers of timm's families, small, for the tests of `DenseClassifier` and `TokenProp`; a VGG for losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -107,3 +107,19 @@ def mixtoken(classifier: DenseClassifier, seed: int = 1) -> MixPlan:
     plan = MixPlan.random_patches(4, grid=classifier.grid, generator=torch.Generator().manual_seed(seed))
     assert 0 < plan.own.mean() < 1
     return plan
+
+
+def vgg(seed: int = 0) -> Any:
+    """A network of torchvision's VGG's shape, four narrow blocks with 2 or 3 convolutions."""
+    torch.manual_seed(seed)
+    features: list[nn.Module] = []
+    for block, width in enumerate((3, 4, 5, 6)):
+        for width_in in (width, width + 1, width + 1)[: 2 + block % 2]:
+            features += [nn.Conv2d(width_in, width + 1, 3, padding=1), nn.BatchNorm2d(width + 1), nn.ReLU(inplace=True)]
+        features.append(nn.MaxPool2d(2))
+    model = nn.Module()
+    model.features = nn.Sequential(*features)
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)  # so that not all is zero behind a few ReLUs
+    return model

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenlabels import analysis
 from tokenlabels.align import TLAlign, TransMix
-from tokenlabels.analysis import LayerShares, label_rmse, layer_shares, similarity_share, token_presence
+from tokenlabels.analysis import LayerShares, alignment, label_rmse, layer_shares, similarity_share, token_presence
 from tokenlabels.mixing import MixPlan
 from tokenlabels.models import DenseClassifier
 
@@ -46,7 +45,7 @@ def presence_by_loops(weights: Tensor) -> Tensor:
 class TestSimilarityShare:
     @pytest.mark.parametrize("most", [1, 7, 2**24], ids=["token by token", "some at a time", "all at once"])
     def test_equals_the_loops(self, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(analysis, "_MAX_PRODUCTS", most)
+        monkeypatch.setattr(alignment, "_MAX_PRODUCTS", most)
         mixed, own, partner = torch.randn(2, 5, 6), torch.randn(2, 4, 6), torch.randn(2, 3, 6)
         found = similarity_share(mixed, own, partner)
         assert found.dtype == torch.float32
