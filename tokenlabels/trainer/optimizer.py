@@ -1,15 +1,17 @@
 """The optimizer and the course of its learning rate, both timm's."""
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from tokenlabels.models.moto import MoTo
 from tokenlabels.trainer.config import OptimizerConfig, ScheduleConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, batch_size: int) -> Optimizer:
-    """timm's optimizer and parameter groups: no decay for vectors and for what ``model.no_weight_decay()`` names.
+    """timm's optimizer and parameter groups: no decay for vectors, for what ``model.no_weight_decay()`` names, and for
+    the scales and shifts of `MoTo`, which are matrices.
 
     Args:
         model: on its device, before it is wrapped for distributed training.
@@ -19,12 +21,16 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, batch_size: int) -
     Raises:
         ValueError: timm has no such optimizer.
     """
+    kept: set[str] = set(getattr(model, "no_weight_decay", set)())
+    for name, module in model.named_modules():
+        if isinstance(module, MoTo):
+            kept |= {f"{name}.{parameter}" if name else parameter for parameter in ("alpha", "beta")}
     try:
         return create_optimizer_v2(
-            model,
+            param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=kept),
             opt=config.name,
             lr=config.lr(batch_size),
-            weight_decay=config.weight_decay,
+            weight_decay=0.0,  # that of the groups counts
             momentum=config.momentum,
         )
     except (ValueError, KeyError) as error:

@@ -14,7 +14,8 @@ from tokenlabels.losses import token_label_loss
 from tokenlabels.models import DenseClassifier
 from tokenlabels.models.modulation import modulate
 from tokenlabels.models.tokenprop import TokenProp
-from tokenlabels.trainer import Trainer, TrainerConfig, batch_loss
+from tokenlabels.trainer import OptimizerConfig, Trainer, TrainerConfig, batch_loss
+from tokenlabels.trainer.optimizer import make_optimizer
 
 MakeConfig = Callable[..., TrainerConfig]
 
@@ -58,3 +59,14 @@ def test_a_run_leaves_the_student_alone(dense: bool, make_config: MakeConfig, tm
 def test_a_model_that_cannot_mix_tokens_inside(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes no plan and cannot mix tokens"):
         Trainer(TokenProp(vit(), SIDE), make_config(), tmp_path, batch_size=4).fit([make_batch(0, targets=HARD)])
+
+
+def test_scales_and_shifts_of_moto_do_not_decay() -> None:
+    model = TokenProp(vit(), SIDE)
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.1), 64)
+    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {name: decay_of[id(parameter)] for name, parameter in model.named_parameters()}
+    assert decays["model.patch_embed.modulation.beta"] == decays["model.patch_embed.modulation.alpha"] == 0
+    assert decays["model.pos_embed"] == decays["model.cls_token"] == decays["model.head.bias"] == 0
+    assert decays["model.patch_embed.modulation.f.weight"] == decays["model.head.weight"] == 0.1
+    assert decays["decoder.proj.weight"] == 0.1
