@@ -21,9 +21,9 @@ from tokenlabels.models import DenseClassifier, LVViT, load_checkpoint
 from tokenlabels.models.modulation import modulate
 from tokenlabels.models.tokenizers import tokenizer
 from tokenlabels.models.tokenprop import TokenProp
+from tokenlabels.models.wrapper import student
 from tokenlabels.store import LabelStore, open_store
 from tokenlabels.trainer.ranks import rank_and_world_size
-from tokenlabels.trainer.step import student
 
 
 @dataclass(frozen=True)

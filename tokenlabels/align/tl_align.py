@@ -18,12 +18,13 @@ from tokenlabels.align.rules import Alignment
 from tokenlabels.checks import Grid, check_choice
 from tokenlabels.mixing import MixPlan
 from tokenlabels.models.dense import DenseClassifier
+from tokenlabels.models.wrapper import TrainingWrapper
 
 Logits = Tensor | tuple[Tensor, Tensor]
 """Of images [B, K]; with those of tokens [B, N, K] where the model classifies them."""
 
 
-class TLAlign(nn.Module):
+class TLAlign(TrainingWrapper):
     """Token-label alignment (arXiv 2210.06455) around a model, which computes what it computes without.
 
     In training ``aligned(images, plan)`` returns (logits, share), in evaluation ``aligned(images)`` returns logits.
@@ -141,30 +142,6 @@ class TLAlign(nn.Module):
             return self.model.classify(tokens)
         logits: Logits = self.model.forward_head(tokens)  # type: ignore[operator]
         return logits
-
-    @property
-    def num_classes(self) -> int:
-        """Classes that the model tells apart, K."""
-        return int(self.model.num_classes)  # type: ignore[arg-type]
-
-    @property
-    def grid(self) -> Grid | None:
-        """Rows and columns of the tokens that the model classifies; None where it classifies images alone."""
-        return self.model.grid if self.aux_head is not None else None  # type: ignore[return-value]
-
-    @property
-    def aux_head(self) -> nn.Module | None:
-        """The model's classifier of tokens, if it has one."""
-        return getattr(self.model, "aux_head", None)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the model wants to be left out of weight decay, by their names here."""
-        names: set[str] = getattr(self.model, "no_weight_decay", set)()
-        return {f"model.{name}" for name in names}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the model computes activations again in backward, to save memory."""
-        self.model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
 def _numbers(layers: Sequence[int] | None, num_layers: int) -> frozenset[int] | None:

@@ -18,6 +18,7 @@ modulation.py      a normalisation put into the tokenizer of a model: MoTo, or w
 moto.py            MoTo, normalisation by the statistics of soft regions
 tokenprop.py       TokenProp, a decoder that makes the image again from the tokens while a model learns its task
 reconstruction.py  the losses of that decoder
+wrapper.py         what training puts around a model, and takes off again
 
 LV-ViT and `DenseClassifier`, which the others go into, take ``model(images, plan)``, where a `MixPlan` mixes the output
 of the patch embedding (MixToken).

@@ -18,6 +18,7 @@ from tokenlabels.models.dense import DenseClassifier, find_image_size
 from tokenlabels.models.embedding import embedding_format, find_patch_embedding
 from tokenlabels.models.features import FeatureError, FeatureFormat
 from tokenlabels.models.reconstruction import Loss, in_full, reconstruction_loss
+from tokenlabels.models.wrapper import TrainingWrapper
 from tokenlabels.precision import without_autocast
 
 Scale = Literal[64, 128, 256]
@@ -108,7 +109,7 @@ class TokenHook:
             self.tokens = output[0] if isinstance(output, tuple) else output
 
 
-class TokenProp(nn.Module):
+class TokenProp(TrainingWrapper):
     """A model that in training also gives the loss of making its images again from its tokens.
 
     In training ``tokenprop(images, ...)`` returns (outputs, reconstruction), in evaluation outputs, where outputs are
@@ -219,30 +220,6 @@ class TokenProp(nn.Module):
                 f"images must be [B, 3, {height}, {width}], got {describe(images)}; resize them, or build "
                 "TokenProp(model, image_size) for their size"
             )
-
-    @property
-    def num_classes(self) -> int:
-        """Classes that the model tells apart, K."""
-        return int(self.model.num_classes)  # type: ignore[arg-type]
-
-    @property
-    def grid(self) -> Grid | None:
-        """Rows and columns of the tokens that the model classifies; None where it classifies images alone."""
-        return self.model.grid if self.aux_head is not None else None  # type: ignore[return-value]
-
-    @property
-    def aux_head(self) -> nn.Module | None:
-        """The model's classifier of tokens, if it has one."""
-        return getattr(self.model, "aux_head", None)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the model wants to be left out of weight decay, by their names here."""
-        names: set[str] = getattr(self.model, "no_weight_decay", set)()
-        return {f"model.{name}" for name in names}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the model computes activations again in backward, to save memory."""
-        self.model.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
 def _inside(model: nn.Module) -> Iterator[nn.Module]:

@@ -5,9 +5,9 @@ import inspect
 from torch import nn
 
 from tokenlabels.align import TLAlign
+from tokenlabels.models.wrapper import student
 from tokenlabels.trainer.batches import TrainingBatch
 from tokenlabels.trainer.config import TrainerConfig
-from tokenlabels.trainer.step import student
 
 
 def check_batch(model: nn.Module, batch: TrainingBatch, config: TrainerConfig) -> None:

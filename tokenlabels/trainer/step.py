@@ -199,11 +199,6 @@ def autocast(device: torch.device, config: TrainerConfig) -> torch.autocast:
     return torch.autocast(device.type, _DTYPES.get(config.precision), enabled=config.precision != "fp32")
 
 
-def student(model: nn.Module) -> nn.Module:
-    """What is kept of a model: without what training alone puts around it."""
-    return student(model.model) if isinstance(model, TLAlign | TokenProp) else model
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without what distributed training puts around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model

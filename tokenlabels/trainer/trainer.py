@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tokenlabels.files import replace_file
+from tokenlabels.models.wrapper import student
 from tokenlabels.trainer.batches import EvaluationBatch, TrainingBatch, num_batches, pass_over, placed
 from tokenlabels.trainer.checkpoint import BEST_FILE, CONFIG_FILE, LAST_FILE, save_checkpoint
 from tokenlabels.trainer.checks import check_batch
@@ -38,7 +39,7 @@ from tokenlabels.trainer.ranks import (
     sum_over_ranks,
 )
 from tokenlabels.trainer.state import Progress, RunState
-from tokenlabels.trainer.step import LossGuard, OptimizerStep, autocast, student
+from tokenlabels.trainer.step import LossGuard, OptimizerStep, autocast
 
 
 class TrainingStoppedError(Exception):
