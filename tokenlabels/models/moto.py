@@ -34,10 +34,10 @@ class MoTo(nn.Module):
     deviation of equation 5 are weighted by the layout: of entity i, the mean is sum(L_i X) / sum(L_i) over positions.
 
     Time and memory are O(n C H W) and O(C H W + n H W): moments and results are products of matrices, and the n
-    normalised copies of equation 5 are never made. Moments are taken around the mean of the channel, so that an offset
-    of the activations costs no digits. An entity whose mean is far from that of its channel still costs some: the error
-    of its variance is a rounding of the squared distance. Equation 3 multiplies activations by one another: in the
-    layout an offset does cost digits, squared.
+    normalised copies of equation 5 are never made. Moments are taken around the mean of the channel and in float64: an
+    entity that is flat and far from that mean (sky, padding, an erased box) would lose its variance to rounding, and
+    its values be multiplied by up to 1e5. Equation 3 multiplies activations by one another: in the layout an offset
+    costs digits, squared.
 
     Args:
         channels: C.
@@ -80,15 +80,15 @@ class MoTo(nn.Module):
         return f"{self.channels}, {self.num_entities}, partition={self.partition!r}, temperature={self.temperature}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Equation 5: [B, C, H, W] -> the same shape and dtype; float32 inside where x is half-wide.
+        """Equation 5: [B, C, H, W] -> the same shape and dtype; the layout in float32 at least, the moments in float64.
 
         Raises:
             ValueError: x is no floating [B, C, H, W] with these channels and at least as many positions as entities.
         """
         self._check(x)
         with without_autocast(x.device):
-            wide = x.to(_wide(x.dtype))
-            return self._modulate(wide, self._layout(wide)).to(x.dtype)
+            layout = self._layout(x.to(_wide(x.dtype)))
+            return self._modulate(x.double(), layout.double()).to(x.dtype)
 
     def layout(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> float32 [B, n, H, W]: how much each entity has of a position, in sum 1. "hard" has 0 and 1.
@@ -168,7 +168,7 @@ def sampling_grid(num_points: int, size: Grid) -> Grid:
     that the map has positions for if there is any. A prime number of points is a single row or column; where the map is
     too small for that, neighbouring cells share a position.
     """
-    height, width = size
+    height, width = int(size[0]), int(size[1])  # compiled code cannot compare pairs of unknown sizes
 
     def badness(rows: int) -> tuple[bool, float]:
         columns = num_points // rows

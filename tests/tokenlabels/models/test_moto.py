@@ -63,6 +63,27 @@ class TestAgainstTheLoop:
         moto = make(2, 2).double()
         assert torch.autograd.gradcheck(moto, (noise(1, 2, 3, 2).requires_grad_(),))
 
+    @pytest.mark.parametrize("channels", [16, 384])
+    def test_an_offset_of_100_as_it_is_initialised(self, channels: int) -> None:
+        for seed in range(5):
+            torch.manual_seed(seed)
+            moto, x = MoTo(channels), torch.randn(1, channels, 14, 14) + 100
+            ours = moto(x)
+            torch.testing.assert_close(ours, literal_moto(moto.double(), x.double()).float(), rtol=0, atol=1e-4)
+
+    @partitions
+    @pytest.mark.parametrize("noise_std", [1e-2, 1e-3, 1e-4])
+    def test_a_flat_entity_far_from_the_mean_of_its_channel(self, partition: Partition, noise_std: float) -> None:
+        """Half of the map is sky. What little varies there is its standard deviation."""
+        torch.manual_seed(0)
+        moto = MoTo(3, 2, partition, temperature=10.0)
+        x = torch.randn(1, 3, 8, 8) * noise_std
+        x[..., :4] += 5
+        ours, layout = moto(x), moto.layout(x)
+        expected = literal_modulation(moto.double(), x.double(), layout.double())
+        assert expected.abs().max() < 10
+        torch.testing.assert_close(ours, expected.float(), rtol=1e-3, atol=1e-3)
+
     @pytest.mark.parametrize("offset", [0.0, 100.0, -100.0])
     def test_an_offset_costs_no_digits(self, offset: float) -> None:
         moto = make(num_entities=8, temperature=0.1)
