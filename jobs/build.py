@@ -148,8 +148,9 @@ def _timm_model(config: RunConfig, num_classes: int) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, **(arguments | config.model.args))
     except (TypeError, ValueError, AssertionError) as error:
+        refined = "tokenizer.refinements are for ViT and DeiT of timm; " if config.tokenizer.refinements else ""
         raise ValueError(
-            f"model.name {name!r} cannot be built with {arguments | config.model.args}: {error}"
+            f"model.name {name!r} cannot be built with {arguments | config.model.args}: {refined}{error}"
         ) from error
     return model
 

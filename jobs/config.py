@@ -145,8 +145,12 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         check_count("tokenizer.num_entities", self.num_entities)
-        if self.norm is None and self.blocks:
-            raise ValueError("tokenizer.blocks say where tokenizer.norm acts, which is None; set it, or leave them out")
+        if self.norm is None and (self.blocks or self.placement != "every"):
+            raise ValueError("tokenizer.placement and blocks say where tokenizer.norm acts, which is None; set it")
+        if self.norm != "moto" and (self.num_entities, self.partition) != (8, "soft"):
+            raise ValueError(
+                f"tokenizer.num_entities and partition are of tokenizer.norm=moto, got {self.norm!r}; leave them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,10 @@ class TokenPropConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"token_prop.weight must be a finite number of 0 or more, got {self.weight!r}")
+        if self.weight == 0 and (self.loss, self.scale, self.width) != ("l2", 64, 1):
+            raise ValueError(
+                "token_prop.loss, scale and width are of a reconstruction, and token_prop.weight is 0; set it"
+            )
 
 
 @dataclass(frozen=True)

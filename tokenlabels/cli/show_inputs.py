@@ -101,8 +101,9 @@ class ModelChoice:
             load_checkpoint(model, checkpoint, take_classes=True)
         except CheckpointError as error:
             raise ValueError(
-                f"{error}. Is the model modulated otherwise? --placement and --entities say how "
-                f"(here {self.moto.placement}, {self.moto.num_entities})"
+                f"{error}. Is the model modulated otherwise? --placement and --entities say how (here "
+                f"{self.moto.placement}, {self.moto.num_entities}). Runs with model.args, refinements or MoTo in "
+                "blocks cannot be built by the name of their model"
             ) from error
 
     def __str__(self) -> str:

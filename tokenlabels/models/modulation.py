@@ -234,6 +234,12 @@ def _tokenizer_places(model: nn.Module, placement: Placement) -> list[_Place]:
             f"{_name(model)} has no patch embedding (patch_embed or patch_embeds); modulate a ViT, DeiT, LV-ViT, "
             "T2T-ViT, PVT or Swin, before DenseClassifier or torch.compile is put around it"
         )
+    for parent, name in embeddings:
+        if parent.get_submodule(name)._forward_hooks:
+            raise ModulationError(
+                f"{_name(model)}'s patch embedding has forward hooks, which would go on seeing tokens before the "
+                "normalisation; modulate first, and put DenseClassifier or TokenProp around the model then"
+            )
     if placement == "stem":
         return [_stem_place(embeddings[0][0].get_submodule(embeddings[0][1]), model)]
     if placement == "first":
@@ -291,6 +297,8 @@ def _stem_place(embedding: Any, model: nn.Module) -> _Place:
 
 
 def _block_places(model: nn.Module, numbers: Sequence[int]) -> list[_Place]:
+    if not isinstance(numbers, Sequence):
+        raise ValueError(f"blocks must be a sequence of numbers, such as (0, 1), got {numbers!r}")
     if not numbers:
         return []
     if not isinstance(model, VisionTransformer):

@@ -144,6 +144,7 @@ def test_models_are_built_as_they_say() -> None:
     assert len(modulations(blocks)) == 5
     stem = build_model(get_recipe("deit_s_conv_stem_sgd")(), 10)
     assert type(stem.patch_embed).__name__ == "ConvStemEmbed"
+    assert len(stem.blocks) == 11, "the stem takes the place of one"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,12 @@ def test_models_are_built_as_they_say() -> None:
     [
         pytest.param(lambda: DataConfig(fraction=0.0), "data.fraction is 0", id="no data"),
         pytest.param(lambda: TokenizerConfig(blocks=(1,)), "tokenizer.norm acts, which is None", id="blocks"),
+        pytest.param(lambda: TokenizerConfig(placement="stem"), "tokenizer.norm acts, which is None", id="placement"),
+        pytest.param(lambda: TokenizerConfig(num_entities=16), "are of tokenizer.norm=moto, got None", id="no MoTo"),
+        pytest.param(
+            lambda: TokenizerConfig(norm="layer_norm", partition="hard"), "moto, got 'layer_norm'", id="partition"
+        ),
+        pytest.param(lambda: TokenPropConfig(scale=128), "token_prop.weight is 0; set it", id="no reconstruction"),
         pytest.param(lambda: TokenizerConfig(num_entities=0), "num_entities must be an integer", id="entities"),
         pytest.param(lambda: TokenPropConfig(weight=-1.0), "weight must be a finite number of 0 or more", id="weight"),
         pytest.param(
@@ -160,7 +167,7 @@ def test_models_are_built_as_they_say() -> None:
         ),
         pytest.param(
             lambda: build_model(apply_overrides(get_recipe("lvvit_t")(), ["tokenizer.refinements=intra"]), 10),
-            "model.name 'lvvit_t' cannot be built",
+            "model.name 'lvvit_t' cannot be built .*refinements are for ViT and DeiT",
             id="refinements of LV-ViT",
         ),
     ],

@@ -23,6 +23,7 @@ from tokenlabels.models.modulation import (
     modulations,
 )
 from tokenlabels.models.moto import MoTo
+from tokenlabels.models.tokenprop import TokenProp
 
 NUM_CLASSES = 7
 VIT = {"img_size": (32, 48), "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -339,3 +340,17 @@ class TestRefused:
     def test_an_attribute_that_nobody_has(self) -> None:
         with pytest.raises(AttributeError, match="no_such_thing"):
             _ = modulated("deit").patch_embed.no_such_thing
+
+
+def test_hooks_that_were_there_before_would_see_other_tokens() -> None:
+    for wrap in (lambda model: DenseClassifier(model, 64), lambda model: TokenProp(model, 64)):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+        wrap(model)
+        with pytest.raises(ModulationError, match=r"has forward hooks, .*; modulate first"):
+            modulate(model)
+
+
+def test_blocks_are_a_sequence() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    with pytest.raises(ValueError, match=r"blocks must be a sequence of numbers, such as \(0, 1\), got 1"):
+        modulate(model, num_entities=4, blocks=1)  # type: ignore[arg-type]
