@@ -84,11 +84,11 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
             checkpoint is of another one.
     """
     model = _timm_model(config, num_classes)
-    if config.tokenizer.norm is not None:
-        tokens = config.tokenizer
+    tokens = config.tokenizer
+    if tokens.norm is not None:
         modulate(
             model,
-            config.tokenizer.norm,
+            tokens.norm,
             placement=tokens.placement,
             blocks=tokens.blocks,
             num_entities=tokens.num_entities,

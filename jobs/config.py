@@ -4,15 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokenlabels.checks import check_choice, check_count, check_share
+from tokenlabels.models.modulation import Modulation, Placement
+from tokenlabels.models.moto import Partition
+from tokenlabels.models.tokenizers import Refinement
 from tokenlabels.trainer.config import TrainerConfig
 
 Supervision = Literal["token", "relabel", "hard"]
 Mix = Literal["mixtoken", "cutmix", "mixup", "random", "blockwise"]
 AlignMethod = Literal["tl_align", "transmix"]
-Refinement = Literal["intra", "local", "inter", "frozen", "conv_stem"]
-Modulation = Literal["moto", "layer_norm", "batch_norm", "instance_norm"]
-Placement = Literal["every", "first", "stem"]
-Partition = Literal["soft", "hard"]
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ def _windows(alignment: Alignment, block: Any, x: Tensor, labels: Tensor) -> tup
     height, width = x.shape[1:3]
     pad_rows, pad_columns = (-side % window for side, window in zip((height, width), block.window_size, strict=True))
     is_padded = pad_rows > 0 or pad_columns > 0
-    given, mean = labels, labels.mean(dim=(1, 2), keepdim=True)
+    given = labels
     if is_padded:
+        mean = labels.mean(dim=(1, 2), keepdim=True)
         labels = torch.cat([labels - mean, torch.ones_like(labels[..., :1])], dim=-1)
     padding = (0, 0, 0, pad_columns, 0, pad_rows)
     shifted = functional.pad(_rolled(x, block.shift_size, -1), padding)

@@ -117,7 +117,6 @@ class TLAlign(TrainingWrapper):
         self._family.check(self.backbone)  # the classifier may be another than at first
         if isinstance(self.model, DenseClassifier):
             self.model.check_images(images)
-
         _check_sides(images, self._family.stride(self.backbone))
         return self.features(images, partial(self._first_labels, plan), alignment)
 
