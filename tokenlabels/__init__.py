@@ -16,7 +16,7 @@ tars.py            WebDataset tars: one header scan into keys, offsets and sizes
 images/            image shards, tars and ImageFolder trees alike, and decoding them
 store/             label sets on disk: schema, writer, reader, verification
 summary.py         what `tokenlabels inspect` prints
-views.py           pictures of labels, for files and terminals
+views/             pictures of labels, for files and terminals
 files.py           durable steps on a file system; differences.py says what two records differ in
 doctor.py          what `tokenlabels doctor` prints
 measure.py         how the benchmarks measure

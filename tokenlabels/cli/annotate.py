@@ -11,6 +11,7 @@ from tokenlabels.cli.common import (
     FOUND,
     INTERRUPTED,
     Checkpoints,
+    ClassNames,
     DeviceOption,
     ImagePatterns,
     ImageSize,
@@ -20,7 +21,6 @@ from tokenlabels.cli.common import (
     RandomWeights,
     Teachers,
     fail,
-    read_names,
     show_user_errors,
     teacher_specs,
 )
@@ -49,7 +49,7 @@ def annotate(
     ] = "squash",
     flip: Annotated[bool, typer.Option("--flip", help="Average with the view of the mirrored image.")] = False,
     topk: Annotated[int, typer.Option(help="Classes to keep per cell.", min=1)] = 5,
-    class_names: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
+    class_names: ClassNames = None,
     amp: Annotated[Literal["none", "bf16", "fp16"], typer.Option(help="Autocast on a GPU.")] = "none",
     device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 32,
@@ -76,6 +76,7 @@ def annotate(
     _check_backend(backend, workers, ray_address)
     from annotate.schedule import Job, job_array_part
     from annotate.shard import AnnotateConfig
+    from tokenlabels.class_names import read_class_names
     from tokenlabels.images import find_shards
 
     specs = teacher_specs(
@@ -94,7 +95,7 @@ def annotate(
         shards = job_array_part(shards, shard_index, num_shards)
     config = AnnotateConfig(
         resize=resize,
-        class_names=read_names(class_names),
+        class_names=None if class_names is None else read_class_names(class_names),
         batch_size=batch_size,
         decode_threads=decode_threads,
         max_skip=max_skip,

@@ -44,6 +44,10 @@ RandomWeights = Annotated[
 ImageSize = Annotated[
     int | None, typer.Option("--image-size", help="Side of the teacher's input in pixels. [default: the model's own]")
 ]
+ClassNames = Annotated[
+    str | None,
+    typer.Option(help="Names of the classes: a file (text, or JSON as classes.json), or imagenet-1k.", metavar="FILE"),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes CUDA if it is there.")]
 
 
@@ -112,11 +116,6 @@ def teacher_specs(
         )
         for index, (name, size, default_weights) in enumerate(models)
     )
-
-
-def read_names(path: Path | None) -> tuple[str, ...] | None:
-    """Class names from a text file, one per line."""
-    return tuple(path.read_text(encoding="utf-8").splitlines()) if path else None
 
 
 @contextmanager

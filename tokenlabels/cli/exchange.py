@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from tokenlabels.cli.common import LabelsFolder, OutFolder, read_names, show_user_errors
+from tokenlabels.cli.common import ClassNames, LabelsFolder, OutFolder, show_user_errors
 
 
 @show_user_errors
@@ -22,11 +22,12 @@ def import_labels(
     ] = "center",
     crop_pct: Annotated[float, typer.Option(help="Centre square over the shorter side, 0..1.", min=0, max=1)] = 1.0,
     num_classes: Annotated[int, typer.Option(help="Classes of the teacher.", min=1)] = 1000,
-    class_names: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
+    class_names: ClassNames = None,
     max_skip: Annotated[float, typer.Option(help="Share of a shard's images without labels.", min=0, max=1)] = 0.001,
 ) -> None:
     """Bring published labels (.pt, float16 [2, k, H, W]) into a label set."""
     from annotate.published import import_published
+    from tokenlabels.class_names import read_class_names
     from tokenlabels.images import find_shards
 
     console = Console(stderr=True)
@@ -39,7 +40,7 @@ def import_labels(
             view=view,
             crop_pct=crop_pct,
             num_classes=num_classes,
-            class_names=read_names(class_names),
+            class_names=None if class_names is None else read_class_names(class_names),
             max_skip=max_skip,
             on_shard=lambda stem: status.update(f"importing {stem}"),
         )

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tokenlabels.align import TLAlign
-    from tokenlabels.aligned_pictures import AlignedPair
     from tokenlabels.images import EncodedImage
     from tokenlabels.mixing import MixPlan
+    from tokenlabels.views.aligned import AlignedPair
 
 MixName = Literal["cutmix", "mixup", "random", "blockwise"]
 PlacementName = Literal["every", "first", "stem"]
@@ -143,8 +143,8 @@ def _refuse_others(mode: str, options_of: Mapping[str, Mapping[str, object]]) ->
 
 def _draw_layout(model: ModelChoice, images: ImageChoice, num_entities: int) -> "Image":
     from tokenlabels.analysis import entity_maps
-    from tokenlabels.layout_pictures import ImageLayouts, draw_layouts, entity_colours
     from tokenlabels.trainer.ranks import join_ranks
+    from tokenlabels.views.layout import ImageLayouts, draw_layouts, entity_colours
 
     entity_colours(num_entities)  # refuses more than there are
     network = model.load().to(join_ranks(model.device))
@@ -163,8 +163,8 @@ def _draw_layout(model: ModelChoice, images: ImageChoice, num_entities: int) -> 
 
 def _draw_aligned(model: ModelChoice, images: ImageChoice, mix: MixName, seed: int) -> "Image":
     from tokenlabels.align import TLAlign
-    from tokenlabels.aligned_pictures import draw_pairs
     from tokenlabels.trainer.ranks import join_ranks
+    from tokenlabels.views.aligned import draw_pairs
 
     if len(images.keys) == 1 or images.num == 1:
         raise ValueError("an image is mixed with another one: give two at least (--key A --key B, or --num 2)")
@@ -187,8 +187,8 @@ def _aligned_pairs(
     aligned: "TLAlign", samples: "Sequence[EncodedImage]", image_size: int | None, mix: MixName, seed: int
 ) -> "list[AlignedPair]":
     """Every sample mixed with the next one, the last with the first."""
-    from tokenlabels.aligned_pictures import AlignedPair
     from tokenlabels.analysis import layer_shares
+    from tokenlabels.views.aligned import AlignedPair
 
     pixels, normalised = pixels_of(aligned.backbone, samples, image_size)
     plan = _neighbours_plan(mix, len(samples), (pixels.shape[2], pixels.shape[3]), seed)

@@ -144,7 +144,7 @@ USE = {
     "share above 1": ([*TEACHER, "--max-skip", 1.5], "--max-skip"),
     "missing names": ([*TEACHER, "--class-names", "no.txt"], "no.txt"),
     "a folder of names": ([*TEACHER, "--class-names", "/"], "Is a directory: '/'"),
-    "too few names": ([*TEACHER, "--class-names", __file__], "class names were given; the teacher has 1000 classes"),
+    "no file of names": ([*TEACHER, "--class-names", __file__], "has no name; there is"),
     "workers without ray": ([*TEACHER, "--workers", 2], "--workers and --ray-address need --backend ray"),
     "address without ray": ([*TEACHER, "--ray-address", "auto"], "--workers and --ray-address need --backend ray"),
     "index without number": ([*TEACHER, "--shard-index", 0], "--shard-index and --num-shards go together"),

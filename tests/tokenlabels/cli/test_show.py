@@ -12,9 +12,9 @@ from PIL import Image
 from tests.loaders.photos import encode, smooth_image, write_tar
 from tests.tokenlabels.cli.conftest import Run
 from tokenlabels.align import TLAlign
-from tokenlabels.aligned_pictures import AlignedPair
 from tokenlabels.mixing import MixPlan
 from tokenlabels.models import DenseClassifier
+from tokenlabels.views.aligned import AlignedPair
 
 ALIGNED = ("show", "--aligned", "--device", "cpu")
 MODEL = ("--model", "test_vit", "--image-size", "64")
@@ -25,7 +25,7 @@ PVT = ("--model", "pvt_v2_b0", "--random-weights", "0")
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[AlignedPair]:
     """What the command draws, in order."""
-    import tokenlabels.aligned_pictures as pictures
+    import tokenlabels.views.aligned as pictures
 
     pairs: list[AlignedPair] = []
     draw_pairs = pictures.draw_pairs

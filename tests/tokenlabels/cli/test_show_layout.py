@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from tests.tokenlabels.cli.conftest import Run
-from tokenlabels.layout_pictures import ImageLayouts
 from tokenlabels.models import DenseClassifier
 from tokenlabels.models.modulation import modulate, modulations
+from tokenlabels.views.layout import ImageLayouts
 
 LAYOUT = ("show", "--layout", "--device", "cpu")
 VIT = ("--model", "test_vit", "--image-size", "64")
@@ -22,7 +22,7 @@ PVT = ("--model", "pvt_v2_b0", "--image-size", "64")
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ImageLayouts, list[str], int, str]]:
     """What the command draws, image by image, with the titles of the layouts, number of entities and title."""
-    import tokenlabels.layout_pictures as pictures
+    import tokenlabels.views.layout as pictures
 
     calls: list[tuple[ImageLayouts, list[str], int, str]] = []
     draw_layouts = pictures.draw_layouts

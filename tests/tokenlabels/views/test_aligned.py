@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenlabels import aligned_pictures
-from tokenlabels.aligned_pictures import AlignedPair, colours_of, draw_pairs, paint_labels
-from tokenlabels.drawing import GAP_PX, LINE_PX, MARGIN_PX, panel_size
+from tokenlabels.views import aligned as aligned_pictures
+from tokenlabels.views.aligned import AlignedPair, colours_of, draw_pairs, paint_labels
+from tokenlabels.views.drawing import GAP_PX, LINE_PX, MARGIN_PX, panel_size
 
 RED, BLUE = colours_of(np.array([1.0, 0.0])).astype(int)
 GREY = np.full((60, 80, 3), 100, np.uint8)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from tokenlabels.drawing import (
+from tokenlabels.views.drawing import (
     FAINT_INK,
     FONT_PX,
     GAP_PX,

@@ -6,13 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 
-from tokenlabels import views
-from tokenlabels.geometry import view_letterbox
-from tokenlabels.palette import ColouredMap, class_colours
+import tokenlabels.views.over_image as module
 from tokenlabels.types import ScoreMap
-from tokenlabels.views import block_map, overlay
+from tokenlabels.views import overlay
+from tokenlabels.views.palette import ColouredMap, class_colours
 
 WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
 LONG_NAME = "a name that goes on and on, as the synonyms of a taxonomy do, until nobody reads it " * 3
@@ -29,7 +27,7 @@ def score_map(
 
 
 def painted(labels: ScoreMap, photograph: Image.Image) -> NDArray[np.int64]:
-    picture = views._paint_map(photograph, ColouredMap.of(labels, None), labels.view)
+    picture = module._paint_map(photograph, ColouredMap.of(labels, None), labels.view)
     return np.asarray(picture).astype(int)
 
 
@@ -103,7 +101,7 @@ class TestOverlay:
         photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3)).astype(np.uint8))
         labels = score_map(np.array([[0, 1], [2, 3]]))
         picture = np.asarray(overlay(photograph, labels, None))
-        margin, caption = views._MARGIN_PX, views._ROW_PX
+        margin, caption = module._MARGIN_PX, module._ROW_PX
         top, right_panel = margin + caption, margin + 512 + margin
         np.testing.assert_array_equal(picture[top : top + 512, margin : margin + 512], np.asarray(photograph))
         np.testing.assert_array_equal(
@@ -114,15 +112,15 @@ class TestOverlay:
 class TestLegend:
     def test_long_name_leaves_the_numbers_alone(self) -> None:
         labels = score_map(np.array([[0, 0, 1]]))
-        short, long = (np.asarray(views._legend(ColouredMap.of(labels, (name,) * 1000))) for name in ("i", LONG_NAME))
-        numbers_left = views._LEGEND_PX - 96 - 50
+        short, long = (np.asarray(module._legend(ColouredMap.of(labels, (name,) * 1000))) for name in ("i", LONG_NAME))
+        numbers_left = module._LEGEND_PX - 96 - 50
         assert (short != long).any()
         np.testing.assert_array_equal(short[:, numbers_left:], long[:, numbers_left:])
 
     def test_swatches_follow_the_classes_and_the_rest_shares_a_row(self) -> None:
         labels = score_map(np.arange(13)[None])
-        legend = views._legend(ColouredMap.of(labels, None))
-        row = views._ROW_PX
+        legend = module._legend(ColouredMap.of(labels, None))
+        row = module._ROW_PX
         swatches = [legend.getpixel((8, row * index + 8)) for index in range(1, 12)]
         assert swatches[:10] == [tuple(colour) for colour in class_colours(range(10)).tolist()]
         assert swatches[10] == (255, 255, 255)
@@ -130,48 +128,10 @@ class TestLegend:
 
     @given(st.text(max_size=200), st.integers(20, 300))
     def test_shortened_text_fits(self, text: str, width_px: int) -> None:
-        font = views._font()
-        shortened = views._shorten(text, width_px, font)
+        font = module._font()
+        shortened = module._shorten(text, width_px, font)
         assert font.getlength(shortened) <= width_px
         assert "\n" not in shortened
 
     def test_text_that_fits_is_left_as_it_is(self) -> None:
-        assert views._shorten("tench, Tinca tinca", 300, views._font()) == "tench, Tinca tinca"
-
-
-class TestBlockMap:
-    @staticmethod
-    def text_of(labels: ScoreMap, names: tuple[str, ...] | None, **console: object) -> list[str]:
-        terminal = Console(width=80, **console)  # type: ignore[arg-type]
-        with terminal.capture() as capture:
-            terminal.print(block_map(labels, names))
-        return capture.get().splitlines()
-
-    def test_letters_by_class_and_capitals_by_probability(self) -> None:
-        labels = score_map(np.array([[4, 4, 8], [4, 8, 4]]))
-        assert [line.strip() for line in self.text_of(labels, None)[3:5]] == ["A A B", "A B A"]
-        unsure = score_map(np.array([[4, 4, 8], [4, 8, 4]]), logit=-1.0)
-        assert [line.strip() for line in self.text_of(unsure, None)[3:5]] == ["a a b", "a b a"]
-
-    def test_table_names_shares_and_ids(self) -> None:
-        names = tuple(f"[bold]kind {index}" for index in range(1000))
-        lines = self.text_of(score_map(np.array([[4, 4, 8, 4]])), names)
-        assert [line.split() for line in lines[-2:]] == [
-            ["A", "[bold]kind", "4", "4", "75%", "75.0%"],
-            ["B", "[bold]kind", "8", "8", "25%", "25.0%"],
-        ]
-
-    def test_padding_stays_empty(self) -> None:
-        labels = score_map(np.zeros((4, 3), int), view=view_letterbox(100, 50, (64, 64)))
-        assert [line.strip() for line in self.text_of(labels, None)[3:7]] == ["", "A A A", "A A A", ""]
-
-    def test_many_classes_and_long_names_fit_the_terminal(self) -> None:
-        lines = self.text_of(score_map(np.arange(30)[None], key=LONG_NAME), (LONG_NAME,) * 1000)
-        assert max(map(len, lines)) <= 80
-        assert lines[-1].split() == ["·", "4", "more", "13%", "13.3%"]
-        assert lines[3].split() == [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"····"]
-
-    def test_blocks_carry_the_colours_of_the_palette(self) -> None:
-        lines = self.text_of(score_map(np.array([[0]])), None, force_terminal=True, color_system="truecolor")
-        red, green, blue = class_colours([0])[0].tolist()
-        assert f"48;2;{red};{green};{blue}" in lines[-1]
+        assert module._shorten("tench, Tinca tinca", 300, module._font()) == "tench, Tinca tinca"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from tokenlabels.drawing import (
+from tokenlabels.views.drawing import (
     FAINT_INK,
     FONT_PX,
     GAP_PX,
@@ -25,7 +25,7 @@ from tokenlabels.drawing import (
     panel_size,
     resized,
 )
-from tokenlabels.palette import PALETTE, class_colours
+from tokenlabels.views.palette import PALETTE, class_colours
 
 Entities = NDArray[np.integer]
 

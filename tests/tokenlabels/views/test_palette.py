@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tokenlabels.geometry import view_letterbox
-from tokenlabels.palette import PALETTE, ColouredMap, class_colours, ink_on
 from tokenlabels.types import ScoreMap
+from tokenlabels.views.palette import PALETTE, ColouredMap, class_colours, ink_on
 
 # Machado, Oliveira, Fernandes (2009), severity 1, on linear RGB
 COLOUR_VISION = {

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from tokenlabels.drawing import GAP_PX, LINE_PX, MARGIN_PX, TITLE_PX
-from tokenlabels.layout_pictures import MAX_ENTITIES, ImageLayouts, draw_layouts, entity_colours, paint_layout
-from tokenlabels.palette import class_colours
+from tokenlabels.views.drawing import GAP_PX, LINE_PX, MARGIN_PX, TITLE_PX
+from tokenlabels.views.layout import MAX_ENTITIES, ImageLayouts, draw_layouts, entity_colours, paint_layout
+from tokenlabels.views.palette import class_colours
 
 TOP = MARGIN_PX + TITLE_PX + GAP_PX + LINE_PX
 QUARTERS = np.array([[0, 1], [2, 3]])

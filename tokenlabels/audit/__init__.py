@@ -1,0 +1,4 @@
+"""Whether labels can be trusted, as far as numbers tell.
+
+measures.py    what is measured of every image
+"""
