@@ -6,6 +6,7 @@ torchrun starts them and says so in environment variables; without it there is o
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+_GLOO_RELEASE_SECONDS = 0.2
 
 
 def join_ranks(device: str) -> torch.device:
@@ -44,6 +47,10 @@ def join_ranks(device: str) -> torch.device:
 def leave_ranks() -> None:
     """Part from the others."""
     if distributed.is_available() and distributed.is_initialized():
+        if distributed.get_backend() == "gloo":
+            # Its threads may let go of the last tensors a moment late, and abort if Python ends before they do
+            # (pytorch/pytorch#179291).
+            time.sleep(_GLOO_RELEASE_SECONDS)
         distributed.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ from tokenlabels.losses import token_label_loss
 from tokenlabels.mixing import MixPlan
 from tokenlabels.models import DenseClassifier
 from tokenlabels.sparse_targets import TokenTargets
+from tokenlabels.trainer.ranks import leave_ranks
 
 
 def part_of(rank: int, num_ranks: int, case: str) -> tuple[Tensor, MixPlan, TokenTargets]:
@@ -60,4 +61,4 @@ if __name__ == "__main__":
         torch.manual_seed(rank)  # DDP makes all ranks start from the first one's weights
         model = DistributedDataParallel(make(case))
         torch.save(step(model, rank, 2, case), Path(sys.argv[1]) / f"{case}-{rank}.pt")
-    distributed.destroy_process_group()
+    leave_ranks()
