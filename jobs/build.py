@@ -55,7 +55,7 @@ def build_run(config: RunConfig, device: torch.device) -> Run:
         raise ValueError("hard labels need data.num_classes (--num-classes), or a label set that tells it (--labels)")
     torch.manual_seed(config.trainer.seed)
     model = build_model(config, num_classes).to(device)
-    train = _train_loader(config, model, store, device)
+    train = train_loader(config, model, store, device)
     return Run(model, train, _val_loader(config, model, device), store)
 
 
@@ -117,13 +117,14 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def batch_size_per_rank(config: RunConfig) -> int:
-    """Samples per batch of one rank.
+def batch_size_per_rank(config: RunConfig, world_size: int | None = None) -> int:
+    """Samples per batch of one of `world_size` ranks; None is as many as train together here.
 
     Raises:
         ValueError: the batch cannot be shared out evenly.
     """
-    _, world_size = rank_and_world_size()
+    if world_size is None:
+        _, world_size = rank_and_world_size()
     size, rest = divmod(config.data.batch_size, world_size * config.trainer.accumulate)
     if rest or not size:
         raise ValueError(
@@ -155,21 +156,41 @@ def _timm_model(config: RunConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def _train_loader(
-    config: RunConfig, model: nn.Module, store: LabelStore | None, device: torch.device
+def train_loader(
+    config: RunConfig,
+    model: nn.Module,
+    store: LabelStore | None,
+    device: torch.device,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> TokenLabelLoader:
+    """The training batches of a run.
+
+    Args:
+        config: of the run.
+        model: of `build_model`, for the grid of its tokens and the normalisation of its pixels.
+        store: of `open_labels`.
+        device: where batches go.
+        rank, world_size: None for both takes those of torch.distributed.
+
+    Raises:
+        ValueError: there are no images, they are others than those of the labels, or something does not fit.
+    """
     data = config.data
     pixels = resolve_model_data_config(_described(model))  # type: ignore[no-untyped-call]
     return TokenLabelLoader(
         images_of(data),
         store,
         image_size=config.model.image_size,
-        batch_size=batch_size_per_rank(config),
+        batch_size=batch_size_per_rank(config, world_size),
         grid=_grid(config, model),
         supervision=data.supervision,
         num_classes=data.num_classes,
         interpolate=data.interpolate,
         seed=config.trainer.seed,
+        rank=rank,
+        world_size=world_size,
         shuffle_shards=data.shuffle_shards,
         rand_augment=data.rand_augment,
         erase_prob=data.erase_prob,

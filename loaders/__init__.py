@@ -15,6 +15,7 @@ color_ops.py, warp.py, erasing.py     augmentation, applied on the device
 passes.py                             all of this as one pass over the data
 
 loader.py, evaluation.py              the two loaders; options.py, state.py, stats.py, batch.py belong to them
+replay.py                             a batch of some epoch again, seen from one of its samples
 stages.py                             the same as stages of a WebDataset pipeline
 """
 

@@ -172,7 +172,7 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         if has_maps and self.num_classes is not None:
             rows = self.grid if self.supervision == "token" else None
             crop_targets = CropTargets(self.num_classes, rows, interpolate, not before_crop, self.device)
-        self._stage = DeviceStage(
+        self.stage = DeviceStage(
             device=self.device,
             mean=mean,
             std=std,
@@ -223,7 +223,7 @@ class TokenLabelLoader(IterableDataset[TokenLabelBatch]):
         self._resumed = False
         epoch, self._stats = self._epoch, LoaderStats()
         this_pass = self._pass = object()
-        for number, batch in run_pass(self.source(), self.stream_config, self._stage, self._stats):
+        for number, batch in run_pass(self.source(), self.stream_config, self.stage, self._stats):
             if self._pass is this_pass:
                 self._batch = number + 1
             yield batch

@@ -83,6 +83,12 @@ def test_the_command_line_imports_other_packages_inside_commands_only() -> None:
         pytest.param("tokenlabels.analysis", "ray zarr webdataset pydantic", id="analysis"),
         pytest.param("annotate.teachers", "ray zarr webdataset pydantic", id="teachers"),
         pytest.param("tokenlabels.store, annotate.shard", "ray webdataset", id="one shard"),
+        pytest.param(
+            "tokenlabels.views, tokenlabels.views.labelled, tokenlabels.views.replayed, tokenlabels.audit.audit, "
+            "tokenlabels.audit.compare, tokenlabels.report.page",
+            "ray webdataset torch timm torchvision matplotlib",
+            id="looking at labels",
+        ),
         pytest.param("tokenlabels.cli", "ray zarr webdataset torch timm", id="the command line"),
     ],
 )

@@ -1,6 +1,5 @@
 """What the README, docs/training.md, docs/align.md and docs/tokenizers.md show, runs."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,18 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 from annotate.bench_store import simulate_maps, write_simulated
+from tests.docs.pages import ROOT, blocks
 from tests.loaders.photos import write_photos
 from tokenlabels.align import TLAlign
 from tokenlabels.align.rules import BLOCK_RULES
 from tokenlabels.mixing import MixPlan
 
-ROOT = Path(__file__).parents[1]
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
 ALIGN, TOKENIZERS = ROOT / "docs" / "align.md", ROOT / "docs" / "tokenizers.md"
 
 
 def python_blocks(containing: str, page: Path = README) -> list[str]:
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [block for block in blocks if containing in block]
+    return [block for block in blocks(page, "python") if containing in block]
 
 
 def test_targets_and_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

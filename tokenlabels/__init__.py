@@ -17,6 +17,9 @@ images/            image shards, tars and ImageFolder trees alike, and decoding 
 store/             label sets on disk: schema, writer, reader, verification
 summary.py         what `tokenlabels inspect` prints
 views/             pictures of labels, for files and terminals
+audit/             what stands out in a label set, and where two sets differ
+report/            a label set as one page of HTML
+class_names.py     names of classes, from whatever file people have them in
 files.py           durable steps on a file system; differences.py says what two records differ in
 doctor.py          what `tokenlabels doctor` prints
 measure.py         how the benchmarks measure

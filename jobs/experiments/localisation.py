@@ -3,14 +3,14 @@
 Legend: n images, H x W cells of a map.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tokenlabels.audit.box_files import read_boxes as read_boxes_px
+from tokenlabels.audit.boxes import centres_inside
 from tokenlabels.geometry import Box
 from tokenlabels.store import LabelStore
 from tokenlabels.types import ScoreMaps
@@ -59,11 +59,11 @@ def read_boxes(path: Path, image_size_px: int) -> dict[str, Box]:
         path: JSON, {key: [x0, y0, x1, y1]} in pixels, of which x1 and y1 are the last ones inside.
         image_size_px: side of all images.
     """
-    boxes_px = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        key: (x0 / image_size_px, y0 / image_size_px, (x1 + 1) / image_size_px, (y1 + 1) / image_size_px)
-        for key, (x0, y0, x1, y1) in boxes_px.items()
-    }
+    boxes: dict[str, Box] = {}
+    for key, boxes_px in read_boxes_px(path).items():
+        x0, y0, x1, y1 = (boxes_px[0] / image_size_px).tolist()
+        boxes[key] = (x0, y0, x1, y1)
+    return boxes
 
 
 def localise_store(store: LabelStore, class_of: Mapping[str, int], boxes: Mapping[str, Box]) -> Localisation:
@@ -77,14 +77,13 @@ def localise(maps: ScoreMaps, class_of: Mapping[str, int], boxes: Mapping[str, B
     Args:
         maps: of n images.
         class_of: class index by key.
-        boxes: xyxy in 0..1 of the image by key. A centre on the left or upper edge is inside, one on the right or
-            lower edge is not, so that boxes side by side share no cell.
+        boxes: xyxy in 0..1 of the image by key; see `centres_inside` for what lies in them.
     """
     rows = [row for row, key in enumerate(maps.keys) if key in class_of and key in boxes]
     if not rows:
         return Localisation()
     keys = [maps.keys[row] for row in rows]
-    is_inside_nHW = _centres_inside(maps.views[rows], np.array([boxes[key] for key in keys], np.float64), maps.grid)
+    is_inside_nHW = centres_inside(maps.views[rows], np.array([boxes[key] for key in keys], np.float64), maps.grid)
     own_n = np.array([class_of[key] for key in keys])
     is_right_nHW = maps.classes[rows, :, :, 0] == own_n[:, None, None]
     return Localisation(
@@ -94,16 +93,3 @@ def localise(maps: ScoreMaps, class_of: Mapping[str, int], boxes: Mapping[str, B
         int((is_right_nHW & is_inside_nHW).sum()),
         int((is_right_nHW & ~is_inside_nHW).sum()),
     )
-
-
-def _centres_inside(
-    views_n4: NDArray[np.float32], boxes_n4: NDArray[np.float64], grid: tuple[int, int]
-) -> NDArray[np.bool_]:
-    """Bool [n, H, W]: where the centre of a cell, in coordinates of its image, lies inside the image's box."""
-    inside = []
-    for axis, num_cells in ((1, grid[0]), (0, grid[1])):
-        first, last = views_n4[:, axis, None].astype(np.float64), views_n4[:, axis + 2, None].astype(np.float64)
-        centres = first + (last - first) * (np.arange(num_cells) + 0.5) / num_cells
-        inside.append((centres >= boxes_n4[:, axis, None]) & (centres < boxes_n4[:, axis + 2, None]))
-    inside_nH, inside_nW = inside
-    return np.asarray(inside_nH[:, :, None] & inside_nW[:, None, :])

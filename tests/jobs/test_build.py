@@ -8,7 +8,7 @@ import timm
 import torch
 from PIL import Image
 
-from jobs.build import batch_size_per_rank, build_model, build_run, images_of
+from jobs.build import batch_size_per_rank, build_model, build_run, images_of, open_labels, train_loader
 from jobs.config import DataConfig, RunConfig
 from jobs.overrides import apply_overrides
 from jobs.recipes import get_recipe
@@ -138,6 +138,17 @@ def test_the_batch_is_shared_out(
     config = apply_overrides(get_recipe("lvvit_s")(), settings)
     assert batch_size_per_rank(config) == expected
     assert config.trainer.optimizer.lr(config.data.batch_size) == pytest.approx(1e-3 * config.data.batch_size / 640)
+
+
+def test_the_loader_of_any_rank(make_run: MakeRun) -> None:
+    """Two ranks take the halves of the batches that one takes."""
+    config = make_run("hard_labels")
+    model, store = build_model(config, 20), open_labels(config)
+    alone = train_loader(config, model, store, CPU)
+    shared = [train_loader(config, model, store, CPU, rank=rank, world_size=2) for rank in range(2)]
+    for whole, *halves in zip(alone, *shared, strict=True):
+        assert whole.keys == halves[0].keys + halves[1].keys
+        assert len(halves[0]) == len(halves[1]) == 2
 
 
 def test_batches_that_cannot_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ class ImageMeasures:
         num_objects: int64 [n], classes that lead in 5 % of the cells or more.
         is_broken: bool [n], NaN or infinite values, classes that do not exist, or a tail outside 0..1. All other
             columns are meaningless there.
-        is_constant: bool [n], all cells hold the same scores and classes.
+        is_constant: bool [n], all cells hold the same scores and classes. Never for maps of a single cell.
     """
 
     predicted: NDArray[np.int64]
@@ -81,7 +81,7 @@ def measure(maps: ScoreMaps, labels: NDArray[np.int64], num_classes: int) -> Ima
         labels: int64 [n], the data set's own classes, -1 where there are none.
         num_classes: K.
     """
-    is_broken = _broken(maps, num_classes)
+    is_broken = broken_maps(maps, num_classes)
     whole = _mended(maps, is_broken)
     inside_nHW = np.stack([valid_cells(view, maps.grid) for view in whole.views])
     num_inside = np.maximum(inside_nHW.sum(axis=(1, 2)), 1)
@@ -124,7 +124,8 @@ def _surprise(shares: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(-shares * np.log(np.where(shares > 0, shares, 1)), np.float32)
 
 
-def _broken(maps: ScoreMaps, num_classes: int) -> NDArray[np.bool_]:
+def broken_maps(maps: ScoreMaps, num_classes: int) -> NDArray[np.bool_]:
+    """Bool [n]: `ImageMeasures.is_broken`."""
     wrong = ~np.isfinite(maps.scores).all(axis=(1, 2, 3)) | (maps.classes >= num_classes).any(axis=(1, 2, 3))
     wrong |= ~((maps.tail >= 0) & (maps.tail <= 1)).all(axis=(1, 2))  # NaN is neither
     wrong |= ~np.isfinite(maps.views).all(axis=1) | (maps.views[:, 2:] <= maps.views[:, :2]).any(axis=1)
@@ -149,6 +150,8 @@ def _num_objects(leading_nHW: NDArray[Any], inside_nHW: NDArray[np.bool_]) -> ND
 
 
 def _is_constant(maps: ScoreMaps) -> NDArray[np.bool_]:
+    if maps.grid == (1, 1):
+        return np.zeros(len(maps), np.bool_)
     first = (slice(None), slice(1), slice(1))
     same = (maps.scores == maps.scores[first]).all(axis=(1, 2, 3))
     return np.asarray(same & (maps.classes == maps.classes[first]).all(axis=(1, 2, 3)))

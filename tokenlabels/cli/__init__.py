@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 something was found or could not be done (the lines say wh
 import typer
 
 from tokenlabels.cli.annotate import annotate
+from tokenlabels.cli.audit import audit, compare
 from tokenlabels.cli.bench import bench
 from tokenlabels.cli.demo import demo
 from tokenlabels.cli.doctor import doctor
 from tokenlabels.cli.exchange import export_labels, import_labels
 from tokenlabels.cli.labels import inspect, verify
+from tokenlabels.cli.report import report
 from tokenlabels.cli.show import show
 from tokenlabels.cli.train import train
 
@@ -25,6 +27,9 @@ app.command()(annotate)
 app.command()(verify)
 app.command()(inspect)
 app.command()(show)
+app.command()(audit)
+app.command()(compare)
+app.command()(report)
 app.command("import")(import_labels)
 app.command("export")(export_labels)
 app.command()(train)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, ParamSpec, TypeV
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 if TYPE_CHECKING:
     from annotate.teachers import TeacherSpec
@@ -128,3 +129,16 @@ def needs_checkout(what: str) -> Iterator[None]:
             raise
         message = f"{what} is in jobs/, which is not installed; run this from a checkout"
         raise ValueError(message) from error
+
+
+@contextmanager
+def shard_progress(labels: Path, what: str, *, num_passes: int = 1) -> Iterator[Callable[[str], None]]:
+    """A progress bar on stderr over the finished shards of a label set; the function is told each stem before it."""
+    total = num_passes * len(list((labels / "manifest").glob("*.json")))
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def on_shard(stem: str) -> None:
+            bar.update(task, advance=1, description=f"{what} {stem}")
+
+        yield on_shard

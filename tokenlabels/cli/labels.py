@@ -3,13 +3,11 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from tokenlabels.cli.common import (
     FOUND,
@@ -21,6 +19,7 @@ from tokenlabels.cli.common import (
     Pretrained,
     RandomWeights,
     Teachers,
+    shard_progress,
     show_user_errors,
     teacher_specs,
 )
@@ -60,7 +59,7 @@ def verify(
         raise ValueError("a teacher is needed for --recompute N only")
     findings: list[Finding] = []
     unreadable: list[Finding] = []
-    with _progress(labels, "checking") as on_shard:
+    with shard_progress(labels, "checking") as on_shard:
         checks = verify_store(labels, source_keys=_source_keys(shards, unreadable), on_shard=on_shard)
         findings.extend(_shown(checks, as_json))
     findings.extend(_shown(iter(unreadable), as_json))
@@ -108,7 +107,7 @@ def inspect(
 
     store = open_store(labels)
     if key is None:
-        with _progress(labels, "reading") as on_shard:
+        with shard_progress(labels, "reading") as on_shard:
             summary = summarise_store(store, on_shard)
         typer.echo(json.dumps(to_json(summary), indent=1) if as_json else str(summary))
         return
@@ -156,15 +155,3 @@ def _shown(findings: "Iterator[Finding]", as_json: bool) -> "Iterator[Finding]":
         if not as_json:
             typer.echo(str(finding))
         yield finding
-
-
-@contextmanager
-def _progress(labels: Path, what: str) -> Iterator[Callable[[str], None]]:
-    total = len(list((labels / "manifest").glob("*.json")))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-
-        def on_shard(stem: str) -> None:
-            bar.update(task, advance=1, description=f"{what} {stem}")
-
-        yield on_shard

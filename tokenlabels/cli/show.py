@@ -1,56 +1,123 @@
-"""tokenlabels show: pictures of labels."""
+"""tokenlabels show: pictures of labels, and of what models make of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from tokenlabels.cli.common import DeviceOption, show_user_errors
-from tokenlabels.cli.show_inputs import (
-    NUM_IMAGES,
-    ImageChoice,
-    ModelChoice,
-    MoToChoice,
-    check_writable,
-    pixels_of,
-    save,
-)
+from tokenlabels.cli.common import ClassNames, DeviceOption, show_user_errors
+from tokenlabels.cli.show_aligned import MixName, draw_aligned
+from tokenlabels.cli.show_inputs import NUM_IMAGES, ImageChoice, ModelChoice, MoToChoice, check_writable, save
+from tokenlabels.cli.show_labels import LabelChoice, draw_epoch, print_labels, write_labels
+from tokenlabels.cli.show_layout import draw_layout
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from tokenlabels.align import TLAlign
-    from tokenlabels.images import EncodedImage
-    from tokenlabels.mixing import MixPlan
-    from tokenlabels.views.aligned import AlignedPair
-
-MixName = Literal["cutmix", "mixup", "random", "blockwise"]
 PlacementName = Literal["every", "first", "stem"]
 PartitionName = Literal["soft", "hard"]
 
+LABELS, ALIGNED, LAYOUT, EPOCH = "LABELS", "--aligned", "--layout", "LABELS --epoch"
 MODES = {
-    "--aligned": "labels of mixed images as they follow the tokens through a model (TL-Align)",
-    "--layout": "the most probable entity of every position, as a model with MoTo finds them",
+    LABELS: "a label set, whose labels are drawn beside their images",
+    ALIGNED: "labels of mixed images as they follow the tokens through a model (TL-Align)",
+    LAYOUT: "the most probable entity of every position, as a model with MoTo finds them",
 }
 _NUM_ENTITIES = 8
-_PATCH_PX = 16  # of random and block-wise mixing, as published
 _MAX_SIDE_PX, _MAX_SEED = 4096, 2**63 - 1
+_LABELS_PANEL, _EPOCH_PANEL = "Labels (LABELS)", "What the trainer sees (--epoch)"
 _MODEL_PANEL, _MIXING_PANEL, _MOTO_PANEL = "Model", "Mixed images (--aligned)", "MoTo (--layout)"
+_MODES_OF: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("--cell", "--class", "--crop", "--flip", "--terminal"), (LABELS,)),
+    **dict.fromkeys(("--recipe", "--run", "--set", "--world-size"), (EPOCH,)),
+    **dict.fromkeys(("--model", "--checkpoint", "--random-weights", "--image-size"), (ALIGNED, LAYOUT)),
+    **dict.fromkeys(("--placement", "--entities", "--partition"), (LAYOUT,)),
+    "--mix": (ALIGNED,),
+    "--seed": (ALIGNED, EPOCH),
+    "--num": (LABELS, ALIGNED, LAYOUT),
+    "--class-names": (LABELS, EPOCH),
+}
 
 
 @show_user_errors
 def show(
-    aligned: Annotated[bool, typer.Option("--aligned", help=f"Draw {MODES['--aligned']}.")] = False,
-    layout: Annotated[bool, typer.Option("--layout", help=f"Draw {MODES['--layout']}.")] = False,
+    labels: Annotated[
+        Path | None, typer.Argument(help="Folder of a label set, to draw labels.", metavar="[LABELS]")
+    ] = None,
+    aligned: Annotated[bool, typer.Option("--aligned", help=f"Draw {MODES[ALIGNED]}.")] = False,
+    layout: Annotated[bool, typer.Option("--layout", help=f"Draw {MODES[LAYOUT]}.")] = False,
     images: Annotated[list[str] | None, typer.Option("--images", help="The images; as in annotate.")] = None,
     key: Annotated[list[str] | None, typer.Option(help="Draw this image; may come again.")] = None,
     num: Annotated[
-        int | None, typer.Option(help="Draw that many, of all shards in turn.", min=1, show_default=str(NUM_IMAGES))
+        int | None,
+        typer.Option(
+            help="Draw that many, of all shards in turn.", min=1, show_default=f"1 of LABELS, else {NUM_IMAGES}"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The picture, in the format of its ending.", show_default="aligned.png or layout.png"),
+        typer.Option(
+            help="The picture, in the format of its ending; labels also as .svg and .pdf.",
+            show_default="labels.png, aligned.png or layout.png",
+        ),
+    ] = None,
+    cell: Annotated[
+        str | None,
+        typer.Option(
+            help="List the classes of this cell, counted from 0.", metavar="ROW,COLUMN", rich_help_panel=_LABELS_PANEL
+        ),
+    ] = None,
+    class_name: Annotated[
+        str | None,
+        typer.Option(
+            "--class",
+            help="Draw the probability of a class: its name, a part of it, or its id.",
+            metavar="NAME",
+            rich_help_panel=_LABELS_PANEL,
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw this crop, in 0..1 of the image, as a student sees it, and its targets.",
+            metavar="X0,Y0,X1,Y1",
+            rich_help_panel=_LABELS_PANEL,
+        ),
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror the crop.", rich_help_panel=_LABELS_PANEL)] = False,
+    terminal: Annotated[
+        bool, typer.Option("--terminal", help="Draw here, and no file.", rich_help_panel=_LABELS_PANEL)
+    ] = False,
+    class_names: ClassNames = None,
+    epoch: Annotated[
+        int | None,
+        typer.Option(
+            help="Draw --key as the trainer sees it in this epoch, counted from 0.",
+            min=0,
+            rich_help_panel=_EPOCH_PANEL,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe of the training.", metavar="NAME", rich_help_panel=_EPOCH_PANEL)
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a run, for its settings.", rich_help_panel=_EPOCH_PANEL)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change a setting, such as data.batch_size=64; may come again.",
+            metavar="KEY=VALUE",
+            rich_help_panel=_EPOCH_PANEL,
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that train together.",
+            min=1,
+            show_default="1, or the run's own",
+            rich_help_panel=_EPOCH_PANEL,
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="timm model, such as deit_small_patch16_224.", rich_help_panel=_MODEL_PANEL)
@@ -83,7 +150,13 @@ def show(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Of the mixing.", min=0, max=_MAX_SEED, show_default="0", rich_help_panel=_MIXING_PANEL),
+        typer.Option(
+            help="Of the mixing; with --epoch, of the training.",
+            min=0,
+            max=_MAX_SEED,
+            show_default="0, or the run's own",
+            rich_help_panel=_MIXING_PANEL,
+        ),
     ] = None,
     placement: Annotated[
         PlacementName | None,
@@ -102,130 +175,79 @@ def show(
         typer.Option(help="Into entities.", show_default="soft", rich_help_panel=_MOTO_PANEL),
     ] = None,
 ) -> None:
-    """Draw what models make of images. One option says what: --aligned or --layout."""
-    mode = _chosen_mode({"--aligned": aligned, "--layout": layout})
+    """Draw labels beside their images: LABELS --images 'train-*.tar' --key KEY. Or what models make of images."""
+    mode = _chosen_mode({LABELS: labels is not None, ALIGNED: aligned, LAYOUT: layout}, epoch)
     _refuse_others(
         mode,
         {
-            "--aligned": {"--mix": mix, "--seed": seed},
-            "--layout": {"--placement": placement, "--entities": entities, "--partition": partition},
+            "--num": num,
+            "--cell": cell,
+            "--class": class_name,
+            "--crop": crop,
+            "--flip": flip or None,
+            "--terminal": terminal or None,
+            "--class-names": class_names,
+            "--recipe": recipe,
+            "--run": run,
+            "--set": settings or None,
+            "--world-size": world_size,
+            "--model": model,
+            "--checkpoint": checkpoint,
+            "--random-weights": random_weights,
+            "--image-size": image_size,
+            "--mix": mix,
+            "--seed": seed,
+            "--placement": placement,
+            "--entities": entities,
+            "--partition": partition,
         },
     )
-    out = Path(f"{mode.removeprefix('--')}.png") if out is None else out
+    if labels is not None:
+        choice = LabelChoice(labels, images or [], key or [], num, class_names, cell, class_name, crop, flip)
+    if mode == LABELS:
+        if terminal:
+            print_labels(choice, out)
+        else:
+            write_labels(choice, out or Path("labels.png"))
+        return
+    out = out or Path("labels.png" if mode == EPOCH else f"{mode.removeprefix('--')}.png")
     check_writable(out)
-    chosen_images = ImageChoice(images or [], key or [], num)
-    if mode == "--layout":
+    if epoch is not None:
+        picture = draw_epoch(
+            choice,
+            epoch,
+            seed=seed,
+            recipe=recipe,
+            run=run,
+            settings=settings or [],
+            world_size=world_size,
+            device=device,
+        )
+    elif mode == LAYOUT:
         moto = MoToChoice(placement or "every", entities or _NUM_ENTITIES, partition or "soft")
         chosen_model = ModelChoice(model, checkpoint, random_weights, image_size, device, moto)
-        picture = _draw_layout(chosen_model, chosen_images, moto.num_entities)
+        picture = draw_layout(chosen_model, ImageChoice(images or [], key or [], num), moto.num_entities)
     else:
         chosen_model = ModelChoice(model, checkpoint, random_weights, image_size, device)
-        picture = _draw_aligned(chosen_model, chosen_images, mix or "cutmix", seed or 0)
+        picture = draw_aligned(chosen_model, ImageChoice(images or [], key or [], num), mix or "cutmix", seed or 0)
     save(picture, out)
     typer.echo(f"picture: {out}")
 
 
-def _chosen_mode(modes: Mapping[str, bool]) -> str:
+def _chosen_mode(modes: Mapping[str, bool], epoch: int | None) -> str:
     chosen = [mode for mode, is_chosen in modes.items() if is_chosen]
     if len(chosen) != 1:
         choices = "; ".join(f"{option}: {what}" for option, what in MODES.items())
         raise ValueError(f"say what to draw, and one thing at a time. There is {choices}")
-    return chosen[0]
+    if epoch is None:
+        return chosen[0]
+    if chosen != [LABELS]:
+        raise ValueError(f"--epoch is for {LABELS}; leave it out with {chosen[0]}")
+    return EPOCH
 
 
-def _refuse_others(mode: str, options_of: Mapping[str, Mapping[str, object]]) -> None:
+def _refuse_others(mode: str, options: Mapping[str, object]) -> None:
     """Refuse options that other modes alone use."""
-    for other, options in options_of.items():
-        for option, value in options.items():
-            if other != mode and value is not None:
-                raise ValueError(f"{option} is for {other}; leave it out with {mode}")
-
-
-def _draw_layout(model: ModelChoice, images: ImageChoice, num_entities: int) -> "Image":
-    from tokenlabels.analysis import entity_maps
-    from tokenlabels.trainer.ranks import join_ranks
-    from tokenlabels.views.layout import ImageLayouts, draw_layouts, entity_colours
-
-    entity_colours(num_entities)  # refuses more than there are
-    network = model.load().to(join_ranks(model.device))
-    samples = images.find()
-    pixels, normalised = pixels_of(network, samples, model.image_size)
-    maps = {name: entities.cpu().numpy() for name, entities in entity_maps(network, normalised(pixels)).items()}
-    shown = pixels.byte().permute(0, 2, 3, 1).numpy()
-    layouts = [
-        ImageLayouts(image, tuple(of_all[index] for of_all in maps.values()), sample.key)
-        for index, (image, sample) in enumerate(zip(shown, samples, strict=True))
-    ]
-    titles = [f"{name}, {entities.shape[1]} x {entities.shape[2]}" for name, entities in maps.items()]
-    height, width, _ = layouts[0].image.shape
-    return draw_layouts(layouts, titles, num_entities, f"{model}, {height} x {width} px, {num_entities} entities")
-
-
-def _draw_aligned(model: ModelChoice, images: ImageChoice, mix: MixName, seed: int) -> "Image":
-    from tokenlabels.align import TLAlign
-    from tokenlabels.trainer.ranks import join_ranks
-    from tokenlabels.views.aligned import draw_pairs
-
-    if len(images.keys) == 1 or images.num == 1:
-        raise ValueError("an image is mixed with another one: give two at least (--key A --key B, or --num 2)")
-    twice = [key for key in images.keys if images.keys.count(key) > 1]
-    if twice:
-        raise ValueError(f"--key {twice[0]} is given twice; an image is not mixed with itself")
-    aligned = TLAlign(model.load()).to(join_ranks(model.device)).eval()
-    samples = images.find()
-    if len(samples) < 2:
-        raise ValueError(f"an image is mixed with another one, but {', '.join(images.patterns)} has {len(samples)}")
-    pairs = _aligned_pairs(aligned, samples, model.image_size, mix, seed)
-    for pair in pairs:
-        area, names = float(pair.initial.mean()), " with ".join(pair.names)
-        typer.echo(f"{names}: own {area:.1%} of the image, {pair.target:.1%} of what is classified")
-    height, width, _ = pairs[0].own.shape
-    return draw_pairs(pairs, f"{model}, {height} x {width} px, {mix}")
-
-
-def _aligned_pairs(
-    aligned: "TLAlign", samples: "Sequence[EncodedImage]", image_size: int | None, mix: MixName, seed: int
-) -> "list[AlignedPair]":
-    """Every sample mixed with the next one, the last with the first."""
-    from tokenlabels.analysis import layer_shares
-    from tokenlabels.views.aligned import AlignedPair
-
-    pixels, normalised = pixels_of(aligned.backbone, samples, image_size)
-    plan = _neighbours_plan(mix, len(samples), (pixels.shape[2], pixels.shape[3]), seed)
-    inputs = normalised(pixels)
-    shares = layer_shares(aligned, inputs, plan.to(inputs.device))
-    own, mixed = (x.round().byte().permute(0, 2, 3, 1).numpy() for x in (pixels, plan.mix(pixels)))
-    initial, final = (shares_of.clamp(0, 1).cpu().numpy() for shares_of in (shares.initial, shares.final_map))
-    return [
-        AlignedPair(
-            own=own[index],
-            partner=own[other],
-            mixed=mixed[index],
-            initial=initial[index],
-            aligned=final[index],
-            target=float(shares.aligned_of_classified[-1, index]),
-            names=(samples[index].key, samples[other].key),
-        )
-        for index, other in enumerate(plan.partner.tolist())
-    ]
-
-
-def _neighbours_plan(mix: MixName, num_images: int, size: tuple[int, int], seed: int) -> "MixPlan":
-    import torch
-
-    from tokenlabels.mixing import MixPlan
-
-    generator = torch.Generator().manual_seed(seed)
-    if mix in ("random", "blockwise"):
-        if size[0] % _PATCH_PX or size[1] % _PATCH_PX:
-            raise ValueError(
-                f"--mix {mix} mixes patches of {_PATCH_PX} pixels, which images of {size[0]} x {size[1]} pixels have "
-                f"no whole number of; give a multiple (--image-size), or mix otherwise"
-            )
-        draw = MixPlan.random_patches if mix == "random" else MixPlan.blockwise
-        plan = draw(num_images, grid=(size[0] // _PATCH_PX, size[1] // _PATCH_PX), generator=generator)
-    elif mix == "mixup":
-        plan = MixPlan.mixup(num_images, generator=generator)
-    else:
-        plan = MixPlan.cutmix(num_images, image_size=size, generator=generator)
-    return MixPlan((torch.arange(num_images) + 1) % num_images, plan.own)
+    for option, value in options.items():
+        if value is not None and mode not in _MODES_OF[option]:
+            raise ValueError(f"{option} is for {' and '.join(_MODES_OF[option])}; leave it out with {mode}")

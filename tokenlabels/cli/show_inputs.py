@@ -9,6 +9,8 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenlabels.cli.show_keys import nearest_keys
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
@@ -152,7 +154,7 @@ def _places_of(shards: "Sequence[ImageShard]", keys: Sequence[str]) -> "list[tup
         others.extend(in_shard)
     for key in keys:
         if key not in found:
-            nearest = get_close_matches(key, others) or others[:1]
+            nearest = nearest_keys(key, others) or others[:1]
             raise ValueError(f"the images have no key {key!r}; near it are {', '.join(nearest) or 'none at all'}")
     return [(found[key], key) for key in keys]
 
@@ -206,12 +208,19 @@ def _crops(samples: "Sequence[EncodedImage]", size: tuple[int, int], crop_pct: f
     return crops
 
 
-def check_writable(out: Path) -> None:
-    """Refuse a picture that cannot be written, as far as that is known before there is one."""
+def check_writable(out: Path, other_formats: Sequence[str] = ()) -> None:
+    """Refuse a picture that cannot be written, as far as that is known before there is one.
+
+    Args:
+        out: the file.
+        other_formats: endings of formats that are written without Pillow.
+    """
     from PIL import Image
 
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{out}: pictures are written as .png, .webp, .jpg and what else Pillow writes, by the ending")
+    ending = out.suffix.lower()
+    if ending not in other_formats and Image.registered_extensions().get(ending) not in Image.SAVE:
+        formats = ", ".join((".png", ".webp", ".jpg", *other_formats))
+        raise ValueError(f"{out}: pictures are written as {formats} and what else Pillow writes, by the ending")
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the name of a picture")
     folder = next(folder for folder in out.absolute().parents if folder.exists())

@@ -9,21 +9,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from tokenlabels.views.drawing import (
-    FAINT_INK,
-    FONT_PX,
     GAP_PX,
-    INK,
     LINE_PX,
-    MARGIN_PX,
     PAPER,
     SMALLEST_PX,
-    TITLE_PX,
     Pixels,
-    fitted,
-    font_of,
     paint_cells,
     panel_size,
     resized,
+    sheet,
+    write,
 )
 
 Shares = NDArray[np.floating]
@@ -93,20 +88,7 @@ def draw_pairs(pairs: Sequence[AlignedPair], title: str) -> Image.Image:
     if not pairs:
         raise ValueError("there is nothing to draw: give a pair at least")
     step = max(max(pair.panel_size[1] for pair in pairs), SMALLEST_PX) + GAP_PX
-    rows = [_row(pair, step) for pair in pairs]
-    top = MARGIN_PX + _LEGEND_PX[1] + 2 * GAP_PX + 2 * LINE_PX
-    width = 2 * MARGIN_PX + len(COLUMNS) * step - GAP_PX
-    picture = Image.new("RGB", (width, top + sum(row.height for row in rows) + MARGIN_PX - GAP_PX), PAPER)
-    draw, font, title_font = ImageDraw.Draw(picture), font_of(FONT_PX), font_of(TITLE_PX)
-    room = width - 2 * MARGIN_PX - _LEGEND_PX[0] - 2 * GAP_PX
-    draw.text((MARGIN_PX, MARGIN_PX), fitted(title, room, title_font), INK, title_font, anchor="lt")
-    picture.paste(_legend(), (width - MARGIN_PX - _LEGEND_PX[0], MARGIN_PX))
-    for index, heading in enumerate(COLUMNS):
-        draw.text((MARGIN_PX + index * step, top - LINE_PX), heading, FAINT_INK, font)
-    for row in rows:
-        picture.paste(row, (MARGIN_PX, top))
-        top += row.height
-    return picture
+    return sheet(title, COLUMNS, [_row(pair, step) for pair in pairs], step, _legend())
 
 
 def colours_of(shares: Shares) -> Pixels:
@@ -136,10 +118,10 @@ def _row(pair: AlignedPair, step_px: int) -> Image.Image:
     area = float(pair.initial.mean())
     lines = (*pair.names, "", f"own {area:.1%} of the image", f"own {pair.target:.1%} of what is classified")
     row = Image.new("RGB", (len(COLUMNS) * step_px, size[0] + LINE_PX + 2 * GAP_PX), PAPER)
-    draw, font = ImageDraw.Draw(row), font_of(FONT_PX)
+    draw = ImageDraw.Draw(row)
     for index, (panel, line) in enumerate(zip((own, partner, mixed, *maps), lines, strict=True)):
         row.paste(panel, (index * step_px, 0))
-        draw.text((index * step_px, size[0] + 4), fitted(line, step_px - GAP_PX, font), INK, font)
+        write(draw, (index * step_px, size[0] + 4), line, step_px - GAP_PX)
     return row
 
 
@@ -149,7 +131,7 @@ def _legend() -> Image.Image:
     legend = Image.new("RGB", (width, height + LINE_PX), PAPER)
     medium = np.full((height, width, 3), 128, np.uint8)
     legend.paste(Image.fromarray(paint_labels(medium, np.linspace(0, 1, width)[None])))
-    draw, font = ImageDraw.Draw(legend), font_of(FONT_PX)
+    draw = ImageDraw.Draw(legend)
     for x, anchor, text in ((0, "la", "all partner"), (width // 2, "ma", "half"), (width - 1, "ra", "all own")):
-        draw.text((x, height + 3), text, INK, font, anchor=anchor)
+        write(draw, (x, height + 3), text, width, anchor=anchor)
     return legend

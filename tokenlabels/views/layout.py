@@ -14,18 +14,17 @@ from tokenlabels.views.drawing import (
     GAP_PX,
     INK,
     LINE_PX,
-    MARGIN_PX,
     PAPER,
     SMALLEST_PX,
-    TITLE_PX,
     Pixels,
-    fitted,
-    font_of,
     paint_cells,
     panel_size,
     resized,
+    sheet,
+    write,
 )
 from tokenlabels.views.palette import PALETTE, class_colours
+from tokenlabels.views.typeface import PILLOW, load_font
 
 Entities = NDArray[np.integer]
 
@@ -95,21 +94,11 @@ def draw_layouts(images: Sequence[ImageLayouts], titles: Sequence[str], num_enti
     colours = entity_colours(num_entities)
     step = max(max(one.panel_size[1] for one in images), SMALLEST_PX) + GAP_PX
     texts = [[_shares(layout, num_entities) for layout in one.entities] for one in images]
-    widest = max(font_of(_LEGEND_FONT_PX).getlength(text) for of_image in texts for of in of_image for text in of)
+    font = load_font(PILLOW, _LEGEND_FONT_PX)
+    widest = max(font.getlength(text) for of_image in texts for of_layout in of_image for text in of_layout)
     columns = min(num_entities, max(1, int((step - GAP_PX) // (_CHIP_PX + 3 * _SPACE_PX + widest))))
     rows = [_row(one, step, colours, of_image, columns) for one, of_image in zip(images, texts, strict=True)]
-    top = MARGIN_PX + TITLE_PX + GAP_PX + LINE_PX
-    width = 2 * MARGIN_PX + (1 + len(titles)) * step - GAP_PX
-    picture = Image.new("RGB", (width, top + sum(row.height for row in rows) + MARGIN_PX - GAP_PX), PAPER)
-    draw, font, title_font = ImageDraw.Draw(picture), font_of(FONT_PX), font_of(TITLE_PX)
-    draw.text((MARGIN_PX, MARGIN_PX), fitted(title, width - 2 * MARGIN_PX, title_font), INK, title_font, anchor="lt")
-    for index, heading in enumerate(("image", *titles)):
-        place = MARGIN_PX + index * step, top - LINE_PX
-        draw.text(place, fitted(heading, step - GAP_PX, font), FAINT_INK, font)
-    for row in rows:
-        picture.paste(row, (MARGIN_PX, top))
-        top += row.height
-    return picture
+    return sheet(title, ("image", *titles), rows, step)
 
 
 def entity_colours(num_entities: int) -> Pixels:
@@ -147,8 +136,7 @@ def _row(
     legends = [_legend(of_layout, width, colours, num_columns) for of_layout in texts]
     row = Image.new("RGB", ((1 + len(legends)) * step_px, size[0] + legends[0].height + 2 * GAP_PX), PAPER)
     row.paste(image, (0, 0))
-    font = font_of(FONT_PX)
-    ImageDraw.Draw(row).text((0, size[0] + 4), fitted(one.name, width, font), INK, font)
+    write(ImageDraw.Draw(row), (0, size[0] + 4), one.name, width)
     for index, (layout, legend) in enumerate(zip(one.entities, legends, strict=True), start=1):
         row.paste(Image.fromarray(paint_layout(np.asarray(image), layout, colours)), (index * step_px, 0))
         row.paste(legend, (index * step_px, size[0] + 4))
@@ -158,7 +146,7 @@ def _row(
 def _legend(texts: Sequence[str], width_px: int, colours: Pixels, num_columns: int) -> Image.Image:
     """The entities in their colours as they lie on a medium grey, row by row; faint where they have no position."""
     legend = Image.new("RGB", (width_px, -(-len(texts) // num_columns) * LINE_PX), PAPER)
-    draw, font = ImageDraw.Draw(legend), font_of(_LEGEND_FONT_PX)
+    draw = ImageDraw.Draw(legend)
     medium = np.full((1, len(texts), 3), 128, np.uint8)
     chips = paint_layout(medium, np.arange(len(texts))[None], colours)[0].tolist()
     for entity, (text, chip) in enumerate(zip(texts, chips, strict=True)):
@@ -166,7 +154,8 @@ def _legend(texts: Sequence[str], width_px: int, colours: Pixels, num_columns: i
         left, top = column * width_px // num_columns, line * LINE_PX + (LINE_PX - _CHIP_PX) // 2
         draw.rectangle((left, top, left + _CHIP_PX - 1, top + _CHIP_PX - 1), tuple(chip))
         ink = FAINT_INK if text.endswith(" 0%") else INK
-        draw.text((left + _CHIP_PX + _SPACE_PX, top + _CHIP_PX // 2), text, ink, font, anchor="lm")
+        place = left + _CHIP_PX + _SPACE_PX, top + _CHIP_PX // 2
+        write(draw, place, text, width_px, ink=ink, size_px=_LEGEND_FONT_PX, anchor="lm")
     return legend
 
 

@@ -1,7 +1,7 @@
 """Colours for classes, and how a map is put into colours: which class leads where, and how surely."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,11 @@ PALETTE = (
     *("#ff8800", "#3300ee", "#990033", "#77ffdd", "#229999", "#ffdd00"),
     *("#cc66ff", "#996600", "#770099", "#ff1166", "#7766bb", "#ff99dd"),
 )
+# from low to high, ever lighter; from blue to yellow, which differ for people without red or green cones too
+_HEAT_RGB = np.array([(10, 24, 88), (60, 78, 150), (128, 128, 142), (204, 184, 96), (255, 240, 130)], np.float64)
+GREY = (128, 132, 138)
+"""Of classes that have no colour of their own."""
+
 _PALETTE_RGB = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in PALETTE], np.uint8)
 # of linear light, as ITU-R BT.709 weighs red, green and blue
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
@@ -34,6 +39,13 @@ def class_colours(class_ids: Sequence[int]) -> NDArray[np.uint8]:
         taken = slots[len(slots) // size * size :]
         slots.append(next(slot % size for slot in range(class_id, class_id + size) if slot % size not in taken))
     return _PALETTE_RGB[slots]
+
+
+def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Colours uint8 [..., 3] of values [...] in 0..1."""
+    places = np.linspace(0, 1, len(_HEAT_RGB))
+    channels = [np.interp(values, places, channel) for channel in _HEAT_RGB.T]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def ink_on(colour: NDArray[np.uint8]) -> tuple[int, int, int]:
@@ -78,6 +90,18 @@ class ColouredMap:
             confidence=score_map.probabilities()[..., 0],
             valid=valid,
         )
+
+    def with_distinct_colours(self, num_colours: int) -> "ColouredMap":
+        """The same with grey for the classes from that rank on."""
+        colours = self.colours.copy()
+        colours[num_colours:] = GREY
+        return replace(self, colours=colours)
+
+    def cell_colours(self) -> NDArray[np.uint8]:
+        """Uint8 [H, W, 3], of the leading class of every cell; black where not `valid`."""
+        colours = np.zeros((*self.rank.shape, 3), np.uint8)
+        colours[self.valid] = self.colours[self.rank[self.valid]]
+        return colours
 
     def beyond(self, rank: int) -> tuple[int, float, float]:
         """Of the leading classes from `rank` on: their number, share of cells, and mean probability over the map."""

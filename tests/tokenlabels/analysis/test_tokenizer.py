@@ -60,7 +60,7 @@ class TestTokenSimilarity:
 
     @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e38])
     def test_lengths_do_not_matter(self, scale: float) -> None:
-        tokens = torch.randn(2, 5, 4).clamp(-3, 3)
+        tokens = torch.randn(2, 5, 4).clamp(-2, 2)  # 1e38 times 3 is still finite
         tokens[..., 0] += 1
         atol = 1e-5 if scale > 1e-38 else 1e-3  # numbers this small have few digits themselves
         torch.testing.assert_close(token_similarity(scale * tokens), token_similarity(tokens), rtol=0, atol=atol)

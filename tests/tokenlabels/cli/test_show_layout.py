@@ -138,7 +138,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "17 entities are more than the 4 x 4 positions",
     ),
     "options of another mode": (("--checkpoint", "BEST", "--mix", "cutmix"), "--mix is for --aligned; leave it out"),
-    "a seed of mixing": (("--checkpoint", "BEST", "--seed", "0"), "--seed is for --aligned; leave it out"),
+    "a seed of mixing": (
+        ("--checkpoint", "BEST", "--seed", "0"),
+        "--seed is for --aligned and LABELS --epoch; leave it out with --layout",
+    ),
     "unknown placement": (("--checkpoint", "BEST", "--placement", "last"), "'last' is not one of"),
     "no weights": ((), "--checkpoint FILE, or --random-weights 0"),
     "no file": (("--checkpoint", "none.pt"), "none.pt: there is no such file"),

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from tokenlabels.geometry import view_letterbox
 from tokenlabels.types import ScoreMap
-from tokenlabels.views.palette import PALETTE, ColouredMap, class_colours, ink_on
+from tokenlabels.views.palette import GREY, PALETTE, ColouredMap, class_colours, heat_colours, ink_on
 
 # Machado, Oliveira, Fernandes (2009), severity 1, on linear RGB
 COLOUR_VISION = {
@@ -122,3 +122,26 @@ class TestColouredMap:
         view = view_letterbox(100, 50, (64, 64))
         coloured = ColouredMap.of(score_map(np.zeros((4, 4), int), np.ones((4, 4)), view), None)
         np.testing.assert_array_equal(coloured.valid, np.repeat([[False], [True], [True], [False]], 4, axis=1))
+
+
+class TestHeatColours:
+    @pytest.mark.parametrize("vision", COLOUR_VISION)
+    def test_ever_lighter_with_every_kind_of_vision(self, vision: str) -> None:
+        colours = heat_colours(np.linspace(0, 1, 11))
+        lightness = oklab(np.clip(linear_light(colours) @ COLOUR_VISION[vision].T, 0, 1))[:, 0]
+        assert (np.diff(lightness) > 0.03).all()
+
+    def test_steps_between_the_ends(self) -> None:
+        low, high = heat_colours(np.array([0.0, 1.0]))
+        assert low.max() < 100
+        assert high.min() > 100
+        assert heat_colours(np.zeros((3, 4))).shape == (3, 4, 3)
+
+
+def test_few_colours_and_grey_for_the_rest() -> None:
+    classes = np.arange(6).reshape(1, 6, 1).astype(np.uint16)
+    zeros = np.zeros((1, 6), np.float16)
+    labels = ScoreMap("key", zeros[..., None], classes, zeros, np.array([0, 0, 1, 1], np.float32))
+    coloured = ColouredMap.of(labels, None).with_distinct_colours(4)
+    np.testing.assert_array_equal(coloured.colours, [*class_colours(range(4)), GREY, GREY])
+    np.testing.assert_array_equal(coloured.cell_colours()[0], coloured.colours)

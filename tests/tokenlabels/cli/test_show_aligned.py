@@ -149,7 +149,7 @@ def test_photographs(run: Run, imagenet_sample: Path, tmp_path: Path, drawn: lis
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no mode": (
         ("show", "--model", "test_vit"),
-        "say what to draw, and one thing at a time. There is --aligned: labels",
+        "say what to draw, and one thing at a time. There is LABELS: a label set",
     ),
     "two modes": ((*ALIGNED, "--layout"), "--layout: the most probable entity of every position"),
     "options of another mode": ((*ALIGNED, *RANDOM, "--entities", "4"), "--entities is for --layout; leave it out"),
