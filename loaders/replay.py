@@ -4,10 +4,8 @@ The loader goes on at that batch as it does after a checkpoint, and reads no oth
 any mixing (crop, flip, RandAugment, erasing) does not depend on the mixing, so that both images are known unmixed too.
 """
 
-from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 import numpy as np
 import torch
@@ -24,11 +22,10 @@ from loaders.state import Position
 from loaders.stats import LoaderStats
 from loaders.stream import BatchStream, Source
 from tokenlabels.mixing import MixPlan
+from tokenlabels.nearest import nearest_keys
 
 Sample = tuple[int, int]
 """Number of the shard, and row in it."""
-
-_NUM_COMPARED = 50  # on either side
 
 
 @dataclass(frozen=True)
@@ -170,15 +167,9 @@ def find_sample(dataset: ImageDataset, key: str) -> Sample:
                 )
             found = number, keys.index(key)
     if found is None:
-        raise ValueError(f"the images have no key {key!r}; near it are {', '.join(_nearest(dataset, key))}")
+        nearest = nearest_keys(key, (other for shard in dataset.shards for other in shard.index().keys))
+        raise ValueError(f"the images have no key {key!r}; near it are {', '.join(nearest) or 'none'}")
     return found
-
-
-def _nearest(dataset: ImageDataset, key: str) -> list[str]:
-    """The most similar of the keys around it in alphabetical order: a million are not compared one by one."""
-    keys = sorted(key for shard in dataset.shards for key in shard.index().keys)
-    place = bisect(keys, key)
-    return get_close_matches(key, keys[max(0, place - _NUM_COMPARED) : place + _NUM_COMPARED], cutoff=0)
 
 
 def _next_host_batch(loader: TokenLabelLoader) -> HostBatch:

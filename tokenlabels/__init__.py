@@ -20,7 +20,8 @@ views/             pictures of labels, for files and terminals
 audit/             what stands out in a label set, and where two sets differ
 report/            a label set as one page of HTML
 class_names.py     names of classes, from whatever file people have them in
-files.py           durable steps on a file system; differences.py says what two records differ in
+files.py           durable steps on a file system
+differences.py     what two records differ in; nearest.py, which keys look like one that is not there
 doctor.py          what `tokenlabels doctor` prints
 measure.py         how the benchmarks measure
 cli/               the command line

@@ -169,9 +169,7 @@ class TestRefused:
         ("key", "nearest"), [("train-02/img_0071", "train-02/img_007"), ("", "train"), ("z", "train")]
     )
     def test_a_key_that_is_not_there(self, photos: Photos, key: str, nearest: str) -> None:
-        with pytest.raises(
-            ValueError, match=f"the images have no key '{key}'; near it are {nearest}.*, train.*, train"
-        ):
+        with pytest.raises(ValueError, match=f"the images have no key '{key}'; near it are {nearest}.*"):
             replay_of(photos, key, 0)
 
     def test_a_key_in_two_tars(self, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print what a label set holds, or what one map shows."""
+    from tokenlabels.nearest import nearest_keys
     from tokenlabels.store import open_store
     from tokenlabels.summary import as_json as to_json
     from tokenlabels.summary import summarise_map, summarise_store
@@ -112,8 +113,8 @@ def inspect(
         typer.echo(json.dumps(to_json(summary), indent=1) if as_json else str(summary))
         return
     if key not in store:
-        example = next(iter(store), "nothing: it is empty")
-        raise ValueError(f"{labels} has no labels for {key!r}; its keys look like {example!r}")
+        nearest = ", ".join(nearest_keys(key, store)) or "none: it is empty"
+        raise ValueError(f"{labels} has no labels for {key!r}; near it are {nearest}")
     score_map = store[key]
     if as_json:
         typer.echo(json.dumps(to_json(summarise_map(score_map, store.info.class_names)), indent=1))

@@ -9,7 +9,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenlabels.cli.show_keys import nearest_keys
+from tokenlabels.nearest import nearest_keys
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,7 +154,7 @@ def _places_of(shards: "Sequence[ImageShard]", keys: Sequence[str]) -> "list[tup
         others.extend(in_shard)
     for key in keys:
         if key not in found:
-            nearest = nearest_keys(key, others) or others[:1]
+            nearest = nearest_keys(key, others)
             raise ValueError(f"the images have no key {key!r}; near it are {', '.join(nearest) or 'none at all'}")
     return [(found[key], key) for key in keys]
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
+
+from tokenlabels.nearest import nearest_keys
 
 if TYPE_CHECKING:
     from tokenlabels.images import EncodedImage, ImageShard
     from tokenlabels.store import LabelStore, ShardReader
     from tokenlabels.types import ScoreMap
-
-_NUM_NEIGHBOURS = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,22 +71,6 @@ def find_labelled(
     return [_read(sources[shard.stem], shard, row) for shard, row in places]
 
 
-def nearest_keys(key: str, keys: Sequence[str]) -> list[str]:
-    """Up to three keys that look like one that is not there, the nearest first.
-
-    Only the neighbours in the order of the alphabet are compared, read forwards and backwards: a million keys would
-    take minutes, and a slip leaves the beginning or the end as it is.
-    """
-    candidates: dict[str, None] = {}
-    for reading in (slice(None), slice(None, None, -1)):
-        ordered = sorted([*(other[reading] for other in keys), key[reading]])
-        place = ordered.index(key[reading])
-        neighbours = ordered[max(0, place - _NUM_NEIGHBOURS) : place + _NUM_NEIGHBOURS]
-        candidates |= dict.fromkeys(other[reading] for other in neighbours)
-    candidates.pop(key, None)
-    return get_close_matches(key, list(candidates))
-
-
 def _places_of(
     shards: "Sequence[ShardReader]", keys: Sequence[str], on_shard: Callable[[str], None]
 ) -> "dict[str, tuple[ShardReader, int]]":
@@ -144,5 +127,5 @@ def _missing(store: "LabelStore", sources: "dict[str, ImageShard]", key: str) ->
         if key in set(source.keys()):
             why = "they were made of other images" if stem in labelled else f"{store.path} has none of that shard yet"
             return ValueError(f"{key!r} of {source.path} has no labels: {why}; run `tokenlabels annotate`")
-    nearest = nearest_keys(key, list(store.keys())) or list(islice(store.keys(), 1))
+    nearest = nearest_keys(key, store)
     return ValueError(f"neither labels nor images have the key {key!r}; near it are {', '.join(nearest) or 'none'}")

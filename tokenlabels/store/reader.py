@@ -114,6 +114,7 @@ class ShardReader:
 
     def __init__(self, labels: Path, stem: str, info: LabelSet) -> None:
         self.stem, self.info = stem, info
+        self._opened: dict[str, zarr.Array[Any]] = {}
         self.path, self._mark = shard_path(labels, stem), manifest_path(labels, stem)
         self.manifest = read_sealed(self._mark, Manifest)
         if self.manifest.teacher_digest != info.teacher.digest:
@@ -182,9 +183,10 @@ class ShardReader:
         self._require_files(checksums=True)
         return zarr.open_group(self.path, mode="r")
 
-    @cached_property
-    def _arrays(self) -> dict[str, "zarr.Array[Any]"]:
-        return {spec.name: self._open(spec) for spec in array_specs(self.info)}
+    def _array(self, name: str) -> "zarr.Array[Any]":
+        if name not in self._opened:
+            self._opened[name] = next(self._open(spec) for spec in array_specs(self.info) if spec.name == name)
+        return self._opened[name]
 
     def _open(self, spec: ArraySpec) -> "zarr.Array[Any]":
         array, shape = self._group.get(spec.name), (len(self), *spec.row_shape)
@@ -196,7 +198,7 @@ class ShardReader:
         return array
 
     def _read(self, name: str, rows: slice) -> Any:
-        array = self._arrays[name]
+        array = self._array(name)
         # zarr gives fill values for a file that went missing, so the files are looked at before every read.
         self._require_files(checksums=False)
         try:

@@ -60,7 +60,7 @@ def test_a_set_that_has_only_begun(run: Run, empty: Path) -> None:
     found = parse(run("inspect", empty, "--json").stdout)
     assert (found["num_images"], found["num_missing_shards"]) == (0, 3)
     assert found["distinct_classes_median"] is None
-    assert "its keys look like" in run("inspect", empty, "--key", KEY).stderr
+    assert "near it are none: it is empty" in run("inspect", empty, "--key", KEY).stderr
 
 
 def test_a_map_for_people(run: Run, labels: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_map_for_machines(run: Run, labels: Path) -> None:
 def test_an_unknown_key_exits_with_2(run: Run, labels: Path) -> None:
     result = run("inspect", labels, "--key", "scene_6")
     assert result.exit_code == 2
-    assert f"{labels} has no labels for 'scene_6'; its keys look like 'scene_000000'" in result.stderr
+    assert f"{labels} has no labels for 'scene_6'; near it are scene_0000" in result.stderr
 
 
 def test_what_is_no_label_set(run: Run, tmp_path: Path) -> None:

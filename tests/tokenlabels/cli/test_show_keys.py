@@ -1,13 +1,12 @@
 """Finding the labels and the image of a key."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.loaders.photos import Photos, encode, random_maps, smooth_image, write_label_set, write_photos, write_tar
-from tokenlabels.cli.show_keys import LabelledSample, find_labelled, nearest_keys
+from tokenlabels.cli.show_keys import LabelledSample, find_labelled
 from tokenlabels.images.shards import TarShard
 from tokenlabels.store import SkippedRecord, open_store
 
@@ -111,15 +110,3 @@ class TestRefused:
             find_labelled(store, [], ["a"], None, lambda _: None)
         with pytest.raises(ValueError, match="give keys or a number"):
             find_labelled(store, photos.tars, ["a"], 3, lambda _: None)
-
-
-class TestNearestKeys:
-    KEYS = tuple(f"n{number:08d}_{number % 977}" for number in range(3000))
-
-    @pytest.mark.parametrize("key", [KEYS[5] + "1", "x" + KEYS[2500], KEYS[1234][:-1], "N" + KEYS[77][1:]])
-    def test_as_if_all_had_been_compared(self, key: str) -> None:
-        assert nearest_keys(key, self.KEYS)[0] == get_close_matches(key, self.KEYS)[0]
-
-    def test_nothing_is_like_it(self) -> None:
-        assert nearest_keys("???", self.KEYS) == []
-        assert nearest_keys("a", []) == []
