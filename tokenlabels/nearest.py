@@ -7,7 +7,7 @@ _NUM_NEIGHBOURS = 200
 
 
 def nearest_keys(key: str, keys: Iterable[str]) -> list[str]:
-    """Up to three keys that look like another one, the nearest first; any key where none does; none where there are none.
+    """Up to three keys that look like another one, the nearest first; the first key of all where none does.
 
     Only the neighbours in the order of the alphabet are compared, read forwards and backwards: a million keys would
     take minutes, and a slip leaves the beginning or the end as it is.
