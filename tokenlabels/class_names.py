@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def read_class_names(source: str | Path, num_classes: int | None = None) -> tupl
         num_classes: how many there have to be; None takes what is there.
 
     Raises:
-        ValueError: the file holds something else, ids are missing or there twice, or it has another number of names.
-        OSError: it cannot be read.
+        ValueError: the file cannot be read or holds something else, ids are missing or there twice, or it has another
+            number of names.
     """
     names = in_words(_read(source))
     if num_classes is not None and len(names) != num_classes:
@@ -39,8 +40,13 @@ def read_class_names(source: str | Path, num_classes: int | None = None) -> tupl
 
 def _read(source: str | Path) -> list[str]:
     if str(source) == IMAGENET_1K:
-        return _imagenet_1k()
-    text = Path(source).read_text(encoding="utf-8")
+        return _timm_file("imagenet_synsets.txt").split()
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not a text file of class names ({error}); there is {_FORMS}") from error
+    except OSError as error:
+        raise ValueError(f"class names {source}: {error.strerror}; there is {_FORMS}") from error
     if text.lstrip()[:1] in ("[", "{"):
         return _from_json(text, source)
     return [line.strip() for line in text.splitlines()]
@@ -50,18 +56,21 @@ def in_words(names: Sequence[str]) -> tuple[str, ...]:
     """The names, with words in the place of the WordNet ids that timm knows."""
     if not any(_WNID.fullmatch(name) for name in names):
         return tuple(names)
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-22k")
-    wnids = info.label_names()  # type: ignore[no-untyped-call]
-    words: dict[str, str] = dict(zip(wnids, info.label_descriptions(), strict=True))
+    words = _words_of_wnids()
     return tuple(words.get(name, name) for name in names)
 
 
-def _imagenet_1k() -> list[str]:
-    from timm.data import ImageNetInfo
+def _words_of_wnids() -> dict[str, str]:
+    lines = _timm_file("imagenet_synset_to_lemma.txt").splitlines()
+    return dict(line.split("\t", 1) for line in lines)
 
-    return list(ImageNetInfo(IMAGENET_1K).label_descriptions())
+
+def _timm_file(name: str) -> str:
+    """One of timm's own lists. Found without an import of timm, which takes three seconds."""
+    spec = find_spec("timm")
+    assert spec is not None, "timm is installed beside this package"
+    assert spec.origin is not None, "as a folder of files"
+    return Path(spec.origin).with_name("data").joinpath("_info", name).read_text(encoding="utf-8")
 
 
 def _from_json(text: str, source: str | Path) -> list[str]:

@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from timm.data import ImageNetInfo
 
 from tokenlabels.class_names import in_words, read_class_names
 
@@ -27,6 +30,33 @@ def written(folder: Path, content: object, name: str = "classes.json") -> Path:
 )
 def test_forms(tmp_path: Path, content: object) -> None:
     assert read_class_names(written(tmp_path, content))[:3] == ("cat", "dog", "bird")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    assert read_class_names(written(tmp_path, "\ufeffcat\ndog")) == ("cat", "dog")
+    assert read_class_names(written(tmp_path, '\ufeff["cat", "dog"]')) == ("cat", "dog")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "names").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"names: not a text file of class names .*one name per line"):
+        read_class_names(tmp_path / "names")
+    with pytest.raises(ValueError, match=r"class names .*: Is a directory; there is"):
+        read_class_names(tmp_path)
+
+
+def test_names_need_no_import_of_timm() -> None:
+    """It takes seconds."""
+    code = (
+        "import sys; from tokenlabels.class_names import read_class_names; read_class_names('imagenet-1k'); "
+        "sys.exit('timm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_words_are_those_of_timm() -> None:
+    info = ImageNetInfo("imagenet-1k")
+    assert read_class_names("imagenet-1k") == tuple(info.label_descriptions())
 
 
 def test_imagenet_by_index() -> None:

@@ -12,6 +12,9 @@ class TestNearestKeys:
     def test_as_if_all_had_been_compared(self, key: str) -> None:
         assert nearest_keys(key, self.KEYS)[0] == get_close_matches(key, self.KEYS)[0]
 
+    def test_capitals_are_no_difference(self) -> None:
+        assert nearest_keys(self.KEYS[77].upper(), self.KEYS)[0] == self.KEYS[77]
+
     def test_nothing_is_like_it(self) -> None:
         assert nearest_keys("???", self.KEYS) == [self.KEYS[0]]
         assert nearest_keys("a", []) == []

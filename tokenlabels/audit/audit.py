@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabels.audit.box_files import Boxes, Images
+from tokenlabels.audit.box_files import Boxes
 from tokenlabels.audit.boxes import BoxMeasures, Localisation, measure_boxes
 from tokenlabels.audit.classes import ClassAudit, Confusion, audit_classes, confusions
 from tokenlabels.audit.duplicates import Hashes, copies, hashes_of, identical_images, map_hashes
@@ -15,6 +15,7 @@ from tokenlabels.audit.findings import (
     IDENTICAL_IMAGES,
     IDENTICAL_MAPS,
     KINDS,
+    NEED_CLASSES,
     UNUSABLE,
     Finding,
     ImageFindings,
@@ -22,6 +23,7 @@ from tokenlabels.audit.findings import (
     about_copies,
     about_maps,
 )
+from tokenlabels.audit.images import Images
 from tokenlabels.audit.measures import ImageMeasures, measure
 from tokenlabels.store import LabelStore, ShardReader
 
@@ -34,7 +36,8 @@ class Audit:
         shards: of the set, in its order.
         starts: int64 [number of shards], first row of each in `measures`.
         measures: of all images, in the order of the set.
-        counts: number of findings by kind, of all `KINDS` in their order.
+        counts: number of findings by kind, of all `KINDS` in their order; None for one that was not looked for, as
+            the data set's own classes or the images were not given.
         findings: in the same order; of every kind no more than were asked for, so `counts` tells what is left out.
         classes: all classes of the teacher, by id.
         confusions: pairs of different classes, the most frequent first.
@@ -45,7 +48,7 @@ class Audit:
     shards: tuple[ShardReader, ...]
     starts: NDArray[np.int64]
     measures: ImageMeasures
-    counts: Mapping[str, int]
+    counts: Mapping[str, int | None]
     findings: tuple[Finding, ...]
     classes: tuple[ClassAudit, ...]
     confusions: tuple[Confusion, ...]
@@ -112,8 +115,10 @@ def audit_store(
     for of_images in found:
         rows = of_images.rows[:num_listed].tolist()
         by_kind[of_images.kind] = [_finding(store.shards, starts, of_images, row) for row in rows]
-    counts = {kind: len(findings) for kind, findings in by_kind.items()}
+    counts: dict[str, int | None] = {kind: len(findings) for kind, findings in by_kind.items()}
     counts |= {of_images.kind: len(of_images.rows) for of_images in found}
+    counts |= dict.fromkeys(() if measures.is_labelled.any() else NEED_CLASSES)
+    counts |= dict.fromkeys(() if images is not None else (IDENTICAL_IMAGES,))
     return Audit(
         store.shards,
         starts,

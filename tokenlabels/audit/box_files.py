@@ -6,15 +6,16 @@ ImageNet; in the json of a sample they are the first ones outside, as in the sce
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from tokenlabels.audit.boxes import NO_BOXES
+from tokenlabels.audit.images import Images
 from tokenlabels.images import ImageShard, TarShard
 from tokenlabels.images.decode import FORMATS, exif_orientation, ignore_pillow_warnings
 from tokenlabels.store import ShardReader
@@ -24,25 +25,6 @@ Boxes = NDArray[np.float64]
 
 _FIRST_SIDEWAYS = 5  # from this EXIF orientation on, width and height are swapped
 _SLACK_PX = 1.0  # annotations that count pixels from 1 end one pixel behind the image
-
-
-class Images(Protocol):
-    """The images of a label set, row by row of its shards."""
-
-    def __contains__(self, shard: ShardReader) -> bool:
-        """Whether the images of a shard are at hand; all else is asked for such shards only."""
-
-    def source(self, shard: ShardReader) -> ImageShard:
-        """Where they are."""
-
-    def labels(self, shard: ShardReader) -> NDArray[np.int64]:
-        """The data set's own class of every row, int64 [n]; -1 where there is none."""
-
-    def sizes(self, shard: ShardReader) -> NDArray[np.int64]:
-        """Bytes of every row's encoded image, int64 [n]."""
-
-    def read(self, shard: ShardReader, rows: Sequence[int]) -> Iterator[bytes]:
-        """The encoded images of these rows, in this order."""
 
 
 def read_boxes(path: Path) -> dict[str, Boxes]:

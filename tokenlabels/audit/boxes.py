@@ -1,8 +1,8 @@
 """Whether labels know where the object is: the mass of an image's own class, and the boxes around it.
 
 A cell belongs to a box if its centre lies inside. A box that holds no centre, as one smaller than a cell, has the cell
-in which its own centre lies, so that every box can be hit; there is no other tolerance: on coarse grids even one cell
-would make large boxes impossible to miss.
+that is closest to its own centre, of those that show the image, so that every box that is seen can be hit. There is no
+other tolerance: on coarse grids even one cell would make large boxes impossible to miss.
 
 Legend: n images, m boxes, H x W cells of a map.
 """
@@ -127,7 +127,10 @@ def cells_of_boxes(
     without = np.flatnonzero(~inside.any(axis=(1, 2)) & (first < last).all(axis=1))
     place = ((first + last) / 2 - views[:, :2]) / (views[:, 2:] - views[:, :2])
     column, row = np.floor(place[without] * np.array(grid[::-1])).astype(np.int64).T
-    inside[without, np.minimum(row, grid[0] - 1), np.minimum(column, grid[1] - 1)] = True
+    for number, own_row, own_column in zip(without.tolist(), row.tolist(), column.tolist(), strict=True):
+        rows, columns = np.nonzero(valid_cells(views_m4[number], grid))
+        if rows.size:  # none in an image so long that it passes between the centres
+            inside[number, np.clip(own_row, rows[0], rows[-1]), np.clip(own_column, columns[0], columns[-1])] = True
     return inside
 
 

@@ -89,7 +89,7 @@ def compare_stores(
         on_shard: called with the stem before a shard of `first` is compared.
 
     Raises:
-        ValueError: the sets have other classes, or no image in common; a key is there twice.
+        ValueError: the sets have other classes, or no image in common; one is empty; a key is there twice.
         LabelStoreError: a shard is damaged.
     """
     if first.info.num_classes != second.info.num_classes:
@@ -97,6 +97,9 @@ def compare_stores(
             f"{first.path} has {first.info.num_classes} classes, {second.path} has {second.info.num_classes}; "
             "only labels of the same classes can be compared"
         )
+    for store in (first, second):
+        if not len(store):
+            raise ValueError(f"{store.path} has no labels yet: nothing to compare")
     places = _places(second)
     num_common = sum(key in places for key in _places(first))
     if not num_common:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenlabels.audit.box_files import Images
+from tokenlabels.audit.images import Images
 from tokenlabels.store import ShardReader
 from tokenlabels.types import ScoreMaps
 
@@ -69,8 +69,9 @@ def identical_images(
     sizes = np.concatenate(
         [images.sizes(shard) if shard in images else np.zeros(len(shard), np.int64) for shard in shards]
     )
-    _, where, counts = np.unique(np.stack([sizes, predicted]), axis=1, return_inverse=True, return_counts=True)
-    candidates = np.flatnonzero((counts[where.ravel()] > 1) & (sizes > 0))
+    kinds = sizes * (predicted.max(initial=0) + 1) + predicted  # one number for every pair of both
+    _, where, counts = np.unique(kinds, return_inverse=True, return_counts=True)
+    candidates = np.flatnonzero((counts[where] > 1) & (sizes > 0))
     hashes = []
     for shard, start in zip(shards, starts[:-1].tolist(), strict=True):
         on_shard(shard.stem)

@@ -36,13 +36,16 @@ KINDS: Final = {
     CONSTANT: "every cell says the same",
     DUPLICATE_KEY: "a key that an earlier row has",
     NEAR_UNIFORM_MAP: f"mean entropy of a cell of {NEAR_UNIFORM:.0%} of its maximum or more",
-    IDENTICAL_IMAGES: "an image that an earlier row has, byte for byte",
+    IDENTICAL_IMAGES: "an image of the same bytes (64-bit hash) as an earlier one of the same most probable class",
     IDENTICAL_MAPS: "a map that an earlier row has, bit for bit, though its image is not known to be the same",
     NEVER_PREDICTED: "a class of the data set that no map has as its most probable one",
     LOW_CLASS: f"a class that agrees less than {LOW_AGREEMENT:.0%} as often as all images do",
     DISAGREES: "the most probable class is not the data set's own; those first whose own class is furthest behind",
 }
 """Every kind of finding, in the order in which they are given, and what it means."""
+
+NEED_CLASSES: Final = (NEVER_PREDICTED, LOW_CLASS, DISAGREES)
+"""Kinds that can be looked for only where the data set's own classes are known."""
 
 UNUSABLE: Final = (BROKEN, CONSTANT, DUPLICATE_KEY)
 """Kinds that make labels unfit to train with."""

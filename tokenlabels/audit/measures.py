@@ -33,7 +33,8 @@ class ImageMeasures:
         num_objects: int64 [n], classes that lead in 5 % of the cells or more.
         is_broken: bool [n], NaN or infinite values, classes that do not exist, or a tail outside 0..1. All other
             columns are meaningless there.
-        is_constant: bool [n], all cells hold the same scores and classes. Never for maps of a single cell.
+        is_constant: bool [n], all cells that show the image hold the same scores and classes. Never where that is a
+            single cell.
     """
 
     predicted: NDArray[np.int64]
@@ -101,7 +102,7 @@ def measure(maps: ScoreMaps, labels: NDArray[np.int64], num_classes: int) -> Ima
         num_distinct=num_distinct_classes(whole),
         num_objects=_num_objects(whole.classes[..., 0], inside_nHW),
         is_broken=is_broken,
-        is_constant=_is_constant(whole),
+        is_constant=_is_constant(whole, inside_nHW),
     )
 
 
@@ -149,9 +150,9 @@ def _num_objects(leading_nHW: NDArray[Any], inside_nHW: NDArray[np.bool_]) -> ND
     return numbers
 
 
-def _is_constant(maps: ScoreMaps) -> NDArray[np.bool_]:
-    if maps.grid == (1, 1):
-        return np.zeros(len(maps), np.bool_)
-    first = (slice(None), slice(1), slice(1))
-    same = (maps.scores == maps.scores[first]).all(axis=(1, 2, 3))
-    return np.asarray(same & (maps.classes == maps.classes[first]).all(axis=(1, 2, 3)))
+def _is_constant(maps: ScoreMaps, inside_nHW: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    first_row, first_column = np.unravel_index(inside_nHW.reshape(len(maps), -1).argmax(axis=1), maps.grid)
+    first = np.arange(len(maps)), first_row, first_column
+    same = (maps.scores == maps.scores[first][:, None, None]) & (maps.classes == maps.classes[first][:, None, None])
+    same_or_outside = same.all(axis=-1) | ~inside_nHW
+    return np.asarray(same_or_outside.all(axis=(1, 2)) & (inside_nHW.sum(axis=(1, 2)) > 1))

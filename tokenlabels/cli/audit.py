@@ -81,9 +81,9 @@ def audit(
             on_shard=on_shard,
         )
     if as_json:
-        typer.echo(json.dumps(audit_json(found, labels), indent=1))
+        typer.echo(json.dumps(audit_json(found, store), indent=1))
     else:
-        Console(highlight=False).print(audit_page(found, labels, NUM_LISTED if num is None else num))
+        Console(highlight=False).print(audit_page(found, store, NUM_LISTED if num is None else num))
     if not found.is_usable:
         raise typer.Exit(FOUND)
 
@@ -121,12 +121,13 @@ def compare(
         _make_folder(out)
     with shard_progress(first, "comparing") as on_shard:
         comparison = compare_stores(*stores, names, on_shard)
+    # before anything is printed, as images may turn out to be others or unreadable
+    num_drawn = 0 if out is None else _draw_differences(comparison, stores, given, names, out, num)
     if as_json:
-        typer.echo(json.dumps(comparison_json(comparison, first, second, num), indent=1))
+        typer.echo(json.dumps(comparison_json(comparison, *stores, num), indent=1))
     else:
-        Console(highlight=False).print(comparison_page(comparison, first, second, num))
+        Console(highlight=False).print(comparison_page(comparison, *stores, num))
     if out is not None:
-        num_drawn = _draw_differences(comparison, stores, given, names, out, num)
         typer.echo(f"{num_drawn} pictures: {out}", err=as_json)
 
 
@@ -175,8 +176,9 @@ def _draw_differences(
     chosen = [row for row in order if comparison.keys[row] in at_hand][:num]
     for rank, row in enumerate(chosen, start=1):
         key = comparison.keys[row]
+        data = _encoded(images, *at_hand[key])
         try:
-            image = decode_rgb(_encoded(images, *at_hand[key]))
+            image = decode_rgb(data)
         except ValueError as error:
             raise ValueError(f"{images.source(at_hand[key][0]).path}: {key!r}: {error}") from error
         picture = draw_difference(
@@ -187,7 +189,7 @@ def _draw_differences(
             titles=(f"A: {stores[0].path.name}", f"B: {stores[1].path.name}"),
             lines=(
                 f"the same leading class at {comparison.agreement[row]:.0%} of the points",
-                f"total variation of the whole image {comparison.variation[row]:.2f}",
+                f"total variation of the mean distributions {comparison.variation[row]:.2f}",
             ),
         )
         picture.save(out / f"{rank:02d}-{_FORBIDDEN_IN_NAMES.sub('_', key)[-_MAX_NAME:]}.png")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,17 @@ from rich.table import Table
 from tokenlabels.audit.audit import Audit
 from tokenlabels.audit.classes import ClassAudit
 from tokenlabels.audit.compare import Comparison
-from tokenlabels.audit.findings import KINDS
+from tokenlabels.audit.findings import IDENTICAL_IMAGES, KINDS
+from tokenlabels.store import LabelStore
 
 _NUM_CLASSES = 10
 
 
-def audit_page(audit: Audit, labels: Path, num: int) -> Group:
+def audit_page(audit: Audit, store: LabelStore, num: int) -> Group:
     """Everything that was counted, and `num` rows of every list."""
     measures = audit.measures
-    parts: list[RenderableType] = [f"{escape(str(labels))}: {len(measures):,} maps in {len(audit.shards)} shards"]
+    parts: list[RenderableType] = [f"{escape(str(store.path))}: {len(measures):,} maps in {len(audit.shards)} shards"]
+    parts += _unfinished(store)
     if audit.agreement is None:
         parts.append("the data set's own classes are not known (--images)")
     else:
@@ -34,12 +35,12 @@ def audit_page(audit: Audit, labels: Path, num: int) -> Group:
             f"boxes of {found.num_boxed:,} images: pointing game {_percent(found.hit_share)}, mass inside "
             f"{_percent(found.mass_inside)}; a map that knows no place has {_percent(found.cells_inside)} of both"
         )
-    counts = [(kind, f"{count:,}", KINDS[kind]) for kind, count in audit.counts.items()]
+    counts = [(kind, _number(kind, count), KINDS[kind]) for kind, count in audit.counts.items()]
     parts.append(_table("Findings", ("kind", "number", "meaning"), counts))
     for kind, count in audit.counts.items():
         listed = [finding for finding in audit.findings if finding.kind == kind]
         if listed:
-            rest = f", {len(listed):,} of {count:,}" if len(listed) < count else ""
+            rest = f", {len(listed):,} of {count:,}" if count is not None and len(listed) < count else ""
             is_of_classes = listed[0].key == ""
             rows = [(one.detail,) if is_of_classes else (one.shard, one.key, one.detail) for one in listed]
             columns = ("found",) if is_of_classes else ("shard", "key", "found")
@@ -82,18 +83,21 @@ def _class_row(known: ClassAudit) -> Sequence[str]:
     )
 
 
-def audit_json(audit: Audit, labels: Path) -> dict[str, Any]:
+def audit_json(audit: Audit, store: LabelStore) -> dict[str, Any]:
     """Plain JSON types.
 
     Returns:
-        path; num_images, num_labelled, num_agreeing and agreement (null without labels); is_usable; counts, by kind;
+        path; missing, the names of tars without labels yet;
+        num_images, num_labelled, num_agreeing and agreement (null without labels); is_usable; counts, by kind, null
+        for what was not looked for;
         findings, each with kind, key, shard and detail; classes, all by id, with the fields of `ClassAudit`;
         confusions, all, with label, label_name, predicted, predicted_name and count; localisation, with the fields of
         `Localisation`, or null without boxes.
     """
     names = [known.name for known in audit.classes]
     return {
-        "path": str(labels),
+        "path": str(store.path),
+        "missing": list(store.missing),
         "num_images": len(audit.measures),
         "num_labelled": int(audit.measures.is_labelled.sum()),
         "num_agreeing": int(audit.measures.agrees.sum()),
@@ -110,7 +114,7 @@ def audit_json(audit: Audit, labels: Path) -> dict[str, Any]:
     }
 
 
-def comparison_page(comparison: Comparison, first: Path, second: Path, num: int) -> Group:
+def comparison_page(comparison: Comparison, first: LabelStore, second: LabelStore, num: int) -> Group:
     """Numbers over all images, the classes that agree least, and the `num` most different images."""
     summary = comparison_json(comparison, first, second, num)
     rows, columns = comparison.grid
@@ -118,11 +122,15 @@ def comparison_page(comparison: Comparison, first: Path, second: Path, num: int)
     alone = f"{comparison.num_only_first:,} only in A, {comparison.num_only_second:,} only in B"
     agreement = f"the same leading class at {_percent(summary['agreement'])} of the points"
     parts: list[RenderableType] = [
-        f"A {escape(str(first))}, B {escape(str(second))}: {common}, {alone}",
+        f"A {escape(str(first.path))}, B {escape(str(second.path))}: {common}, {alone}",
         f"{agreement}, the centres of {rows} x {columns} cells",
     ]
     if summary["variation"] is not None:
-        parts.append(f"total variation of whole images: {summary['variation']:.3f} on average, 0..1")
+        parts.append(
+            "total variation of the mean distributions over what each map covers: "
+            f"{summary['variation']:.3f} on average, 0..1{_caveat(first, second)}"
+        )
+    parts += [*_unfinished(first, "A "), *_unfinished(second, "B ")]
     if comparison.num_broken or comparison.num_apart:
         parts.append(
             f"not compared: {comparison.num_broken:,} with broken maps, {comparison.num_apart:,} whose maps cover no "
@@ -141,17 +149,19 @@ def comparison_page(comparison: Comparison, first: Path, second: Path, num: int)
     return Group(*parts)
 
 
-def comparison_json(comparison: Comparison, first: Path, second: Path, num: int) -> dict[str, Any]:
+def comparison_json(comparison: Comparison, first: LabelStore, second: LabelStore, num: int) -> dict[str, Any]:
     """Plain JSON types.
 
     Returns:
-        first and second, paths; num_compared, num_only_first, num_only_second, num_broken and num_apart; grid of the
+        first and second, paths; missing, the names of tars without labels yet, of first and of second;
+        num_compared, num_only_first, num_only_second, num_broken and num_apart; grid of the
         points; agreement and variation, means over the compared images, null without; classes, all by id, with the
         fields of `ClassComparison` and agreement; most_different, each with key, agreement and variation.
     """
     return {
-        "first": str(first),
-        "second": str(second),
+        "first": str(first.path),
+        "second": str(second.path),
+        "missing": {"first": list(first.missing), "second": list(second.missing)},
         "num_compared": len(comparison.keys),
         "num_only_first": comparison.num_only_first,
         "num_only_second": comparison.num_only_second,
@@ -170,6 +180,28 @@ def comparison_json(comparison: Comparison, first: Path, second: Path, num: int)
             for row in comparison.most_different(num)
         ],
     }
+
+
+def _unfinished(store: LabelStore, which: str = "") -> list[str]:
+    if not store.missing:
+        return []
+    return [f"{which}not finished: {len(store.missing):,} of {len(store.info.tars):,} shards have no labels yet"]
+
+
+def _number(kind: str, count: int | None) -> str:
+    if count is not None:
+        return f"{count:,}"
+    return "not looked for (--images)" if kind == IDENTICAL_IMAGES else "not looked for (--images with classes)"
+
+
+def _caveat(first: LabelStore, second: LabelStore) -> str:
+    """What else than the teachers' opinions makes distributions differ."""
+    reasons = []
+    if first.info.resize != second.info.resize:
+        reasons.append(f"the maps cover different parts (resize {first.info.resize}, {second.info.resize})")
+    if first.info.k != second.info.k:
+        reasons.append(f"the tails hold different numbers of classes (k {first.info.k}, {second.info.k})")
+    return f"; part of it may be that {' and that '.join(reasons)}" if reasons else ""
 
 
 def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:

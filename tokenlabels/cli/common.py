@@ -135,7 +135,8 @@ def needs_checkout(what: str) -> Iterator[None]:
 def shard_progress(labels: Path, what: str, *, num_passes: int = 1) -> Iterator[Callable[[str], None]]:
     """A progress bar on stderr over the finished shards of a label set; the function is told each stem before it."""
     total = num_passes * len(list((labels / "manifest").glob("*.json")))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
 
         def on_shard(stem: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -27,13 +28,19 @@ def names_for(store: "LabelStore", given: str | None) -> tuple[str, ...]:
     from tokenlabels.class_names import in_words, read_class_names
 
     if given is not None:
-        return read_class_names(given, store.info.num_classes)
+        return _printable(read_class_names(given, store.info.num_classes))
     if store.info.class_names is None:
         raise ValueError(
             f"{store.path} does not name its {store.info.num_classes} classes; say --class-names FILE (one name per "
             "line, or JSON), or --class-names imagenet-1k"
         )
-    return in_words(store.info.class_names)
+    return _printable(in_words(store.info.class_names))
+
+
+def _printable(names: Sequence[str]) -> tuple[str, ...]:
+    """The names on one line each, without what would command a terminal."""
+    lines = (" ".join(name.split()) for name in names)
+    return tuple("".join(char if char.isprintable() else repr(char)[1:-1] for char in line) for line in lines)
 
 
 class SetImages:
@@ -61,6 +68,9 @@ class SetImages:
         if self._shards and not self._shards.keys() & set(stems):
             ours = f"it has {stems[0]} and {len(stems) - 1} more" if stems else "it is empty"
             raise ValueError(f"{store.path} has no labels of {next(iter(self._shards))}: {ours}; give its own images")
+        if strangers := sorted(self._shards.keys() - set(stems)):
+            shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+            typer.echo(f"{store.path} has no labels of {len(strangers)} of the given shards: {shown}", err=True)
 
     def __contains__(self, shard: "ShardReader") -> bool:
         return shard.stem in self._shards

@@ -59,7 +59,7 @@ class TrainingChoice:
         # Of the model its tokens are asked for, and no weights.
         config = replace(config, data=data, trainer=trainer, model=replace(config.model, init=None))
         world_size = (1 if saved is None else saved.world_size) if self.world_size is None else self.world_size
-        return Training(config, world_size, self._device(saved), str(self.run or name), saved)
+        return Training(config, world_size, self._device(saved), str(self.run or name), saved, self.settings)
 
     def _device(self, saved: "SavedRun | None") -> "torch.device":
         import torch
@@ -89,6 +89,7 @@ class Training:
         device: that draws mixing and the noise of erasing.
         name: of the run or the recipe.
         saved: what the run left, or None.
+        settings: in which the configuration was changed.
     """
 
     config: "RunConfig"
@@ -96,6 +97,19 @@ class Training:
     device: "torch.device"
     name: str
     saved: "SavedRun | None"
+    settings: tuple[str, ...]
+
+    def differences(self) -> list[str]:
+        """In what this is not the run that it is of, for people; nothing without a run."""
+        if self.saved is None:
+            return []
+        theirs, ours = self.saved.config.data, self.config.data
+        lines = []
+        if theirs.labels is None or Path(theirs.labels).absolute() != Path(str(ours.labels)).absolute():
+            lines.append(f"with labels {ours.labels}; the run had {theirs.labels}")
+        if self.settings:
+            lines.append(f"changed: {', '.join(self.settings)}")
+        return lines
 
     def check_size(self) -> None:
         """Refuse images that are fewer than a batch.
@@ -128,7 +142,11 @@ class Training:
             try:
                 Position.from_state(self.saved.position).refuse_others(Position.from_state(loader.state_dict()))
             except ValueError as error:
-                raise ValueError(f"{self.name} had other batches: {error}") from error
+                images = ", ".join(self.saved.config.data.images)
+                raise ValueError(
+                    f"{self.name} had other batches: {error}. Its images were {images}; batches of other ranks need "
+                    "--world-size and --set data.batch_size"
+                ) from error
         return loader
 
 

@@ -73,7 +73,8 @@ def report(
 def _read_gallery(audit: "Audit", images: SetImages, sample: int, seed: int) -> "Gallery":
     from tokenlabels.report.gallery import read_gallery
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading photographs", total=min(sample, len(audit.measures)))
         return read_gallery(audit, images, number=sample, seed=seed, on_image=lambda: bar.advance(task))
 

@@ -34,6 +34,7 @@ _MODES_OF: Mapping[str, tuple[str, ...]] = {
     "--seed": (ALIGNED, EPOCH),
     "--num": (LABELS, ALIGNED, LAYOUT),
     "--class-names": (LABELS, EPOCH),
+    "--device": (ALIGNED, LAYOUT, EPOCH),
 }
 
 
@@ -187,6 +188,7 @@ def show(
             "--flip": flip or None,
             "--terminal": terminal or None,
             "--class-names": class_names,
+            "--device": None if device == "auto" else device,
             "--recipe": recipe,
             "--run": run,
             "--set": settings or None,

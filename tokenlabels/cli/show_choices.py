@@ -63,6 +63,8 @@ def find_class(text: str, names: Sequence[str]) -> int:
             listed = "; ".join(f"{index}: {names[index]}" for index in matches[:_MAX_SHOWN])
             more = f"; and {len(matches) - _MAX_SHOWN} more" if len(matches) > _MAX_SHOWN else ""
             raise ValueError(f"--class {text!r} may be several classes, say which by its id: {listed}{more}")
+    if wanted.lstrip("-").isdecimal():
+        raise ValueError(f"--class {text!r}: ids are 0 to {len(names) - 1}")
     owners = {own.casefold(): index for index, all_own in reversed(list(enumerate(synonyms))) for own in all_own}
     near = dict.fromkeys(owners[name] for name in get_close_matches(wanted, owners, n=_MAX_SHOWN, cutoff=0.5))
     listed = "; ".join(f"{index}: {names[index]}" for index in near) or f"0: {names[0]}"

@@ -92,12 +92,15 @@ def _in_turn(shards: "Sequence[ShardReader]") -> "Iterator[tuple[ShardReader, in
 
 
 def _read(source: "ImageShard", shard: "ShardReader", row: int) -> LabelledSample:
-    import numpy as np
+    from tokenlabels.audit.measures import broken_maps
+    from tokenlabels.types import ScoreMaps
 
     score_map = shard.row(row)
     key = score_map.key
-    is_whole = np.isfinite(score_map.scores).all() and ((score_map.tail >= 0) & (score_map.tail <= 1)).all()
-    if not is_whole or score_map.classes.max() >= shard.info.num_classes:
+    alone = ScoreMaps(
+        (key,), score_map.scores[None], score_map.classes[None], score_map.tail[None], score_map.view[None]
+    )
+    if broken_maps(alone, shard.info.num_classes)[0]:
         raise ValueError(
             f"the labels of {key!r} in {shard.path} are broken; `tokenlabels verify` says what else is, and "
             f"`annotate` makes the shard again without {shard.path.name}"

@@ -70,7 +70,10 @@ def draw_epoch(choice: LabelChoice, epoch: int, **training: Any) -> "Image":
 
     if len(choice.keys) != 1:
         raise ValueError(f"--epoch draws one image: give one --key, got {len(choice.keys)}")
-    names = names_for(open_store(choice.labels), choice.class_names)
+    store = open_store(choice.labels)
+    names = names_for(store, choice.class_names)
+    if choice.images:  # what is wrong with the key is said before a loader is made
+        find_labelled(store, choice.images, choice.keys, None, lambda _: None)
     return draw_replay(choice.labels, choice.images, choice.keys[0], epoch=epoch, names=names, **training)
 
 

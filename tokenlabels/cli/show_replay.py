@@ -38,8 +38,9 @@ def draw_replay(
 ) -> "Image":
     """Draw what training sees of an image in an epoch: its crop, its partner, the mixed input and its targets.
 
-    The picture is of a run that went through the whole epoch with one number of ranks. A run that was taken up in the
-    middle of the epoch with another number shared out the rest of it anew, which is not drawn.
+    The picture is of a run that went through the whole epoch with the ranks and the batch size that it has now. Epochs
+    before it was taken up with others need them: `world_size`, and data.batch_size among the `settings`. If that was in
+    the middle of the epoch, the rest was shared out anew, which is not drawn.
 
     Args:
         labels: folder of the label set.
@@ -60,7 +61,8 @@ def draw_replay(
 
     check_epoch(epoch)
     training = TrainingChoice(recipe, run, tuple(settings), seed, world_size, device).find(labels, images)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task(f"reading a batch of epoch {epoch}", total=None)
         training.check_size()
         store = open_labels(training.config)
@@ -87,6 +89,7 @@ def _facts(found: "Replay", sample: "ReplayedSample", training: Training) -> tup
         f"(of {len(found.batch)}), counted from 0"
     )
     facts = [f"{training.name}: {mixing}, seed {training.config.trainer.seed} on {training.device.type}", place_in_run]
+    facts += training.differences()
     if not found.batch.has_mixed_targets:
         facts.append(f"targets are mixed by area here, and by {training.config.align.method} in training")
     if training.config.trainer.loss.smoothing:

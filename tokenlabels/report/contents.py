@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tokenlabels.audit.audit import Audit
 from tokenlabels.audit.boxes import Localisation
 from tokenlabels.audit.classes import ClassAudit, Confusion
-from tokenlabels.audit.findings import DISAGREES, KINDS, LOW_CLASS, NEVER_PREDICTED, Finding
+from tokenlabels.audit.findings import KINDS, Finding
 from tokenlabels.report.gallery import Gallery
 from tokenlabels.report.histograms import Histogram, histograms
 from tokenlabels.report.sample import MULTI_OBJECT, REASONS
@@ -16,8 +16,6 @@ NUM_LISTED = 50
 """Findings of every kind, and images without labels, that the page names."""
 NUM_CONFUSIONS = 200
 """Pairs of classes that the page names."""
-
-_NEEDS_CLASSES = (DISAGREES, NEVER_PREDICTED, LOW_CLASS)
 
 
 @dataclass(frozen=True)
@@ -164,6 +162,5 @@ def _describe(store: LabelStore) -> Description:
 
 
 def _of_kind(audit: Audit, kind: str) -> KindOfFinding:
-    is_known = kind not in _NEEDS_CLASSES or bool(audit.measures.is_labelled.any())
     listed = [finding for finding in audit.findings if finding.kind == kind]
-    return KindOfFinding(kind, KINDS[kind], audit.counts[kind] if is_known else None, tuple(listed[:NUM_LISTED]))
+    return KindOfFinding(kind, KINDS[kind], audit.counts[kind], tuple(listed[:NUM_LISTED]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenlabels.audit.audit import Audit
-from tokenlabels.audit.box_files import Images
+from tokenlabels.audit.images import Images
 from tokenlabels.images.decode import UndecodableImageError
 from tokenlabels.report.items import Item, item_of
 from tokenlabels.report.sample import Choice, choose

@@ -5,7 +5,6 @@ typeface.py   fonts, and text that fits and can be read
 drawing.py    sizes, sheets of panels, and cells over photographs
 aligned.py    labels of mixed images as they follow the tokens through a model
 layout.py     the entities that MoTo finds
-replayed.py   what the trainer sees of a sample, with targets.py
 labelled.py   an image beside its labels, from panels.py, legend.py and crop.py
 replayed.py   what training sees of an image in an epoch; targets.py has its targets
 figure.py     a picture as data, drawn by Pillow; vector.py draws it as SVG or PDF

@@ -158,7 +158,7 @@ def _verdict(labelled: Labelled, shares: tuple[ClassShare, ...], only: str | Non
     teacher = f"{best.name}, {percent(best.mean_probability)}" if best else "no cell shows the image"
     if labelled.label is None:
         return text_lines("Whole image", [f"teacher: {teacher}", "the data set gives no class"], only)
-    agrees = best is not None and best.class_id == labelled.label
     own = class_name(labelled.names, labelled.label)
-    heading = "The teacher agrees" if agrees else "The teacher disagrees"
-    return text_lines(f"{heading} with the data set", [f"teacher: {teacher}", f"data set: {own}"], only)
+    verb = "agrees" if best is not None and best.class_id == labelled.label else "disagrees"
+    heading = f"The teacher {verb} with the data set" if best is not None else "Nothing to agree with"
+    return text_lines(heading, [f"teacher: {teacher}", f"data set: {own}"], only)

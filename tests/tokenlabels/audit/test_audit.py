@@ -72,7 +72,7 @@ def test_a_good_set(audited: Callable[..., Audit], maps: dict[str, ScoreMaps], l
     seen: list[str] = []
     audit = audited(maps, labels, on_shard=seen.append)
     assert audit.findings == ()
-    assert audit.counts == dict.fromkeys(KINDS, 0)
+    assert audit.counts == dict.fromkeys(KINDS, 0) | {"identical images": None}
     assert [*audit.counts] == [*KINDS]
     assert audit.is_usable
     assert audit.agreement == 1
@@ -193,6 +193,8 @@ def test_without_labels(audited: Callable[..., Audit], maps: dict[str, ScoreMaps
     audit = audited(maps, {stem: np.full(len(of_shard), -1) for stem, of_shard in maps.items()})
     assert audit.findings == ()
     assert audit.agreement is None
+    unknown = {kind for kind, count in audit.counts.items() if count is None}
+    assert unknown == {"disagrees", "never predicted", "low agreement", "identical images"}
 
 
 def opened(folder: Path, maps: Mapping[str, ScoreMaps], images: Mapping[str, Sequence[bytes]]) -> SetImages:

@@ -24,7 +24,7 @@ K = 20
 
 
 def slow_cells(score_map: ScoreMap, box: Sequence[float]) -> set[tuple[int, int]]:
-    """The cells of a box: those with their centre inside, or else the one in which the centre of what is seen lies."""
+    """The cells of a box: those with their centre inside, or else the one nearest to the centre of what is seen."""
     cells = [*cells_of_image(score_map)]
     inside = {(row, column) for row, column, x, y in cells if box[0] <= x < box[2] and box[1] <= y < box[3]}
     if inside:
@@ -33,12 +33,9 @@ def slow_cells(score_map: ScoreMap, box: Sequence[float]) -> set[tuple[int, int]
     left, top, right, bottom = max(box[0], x0, 0), max(box[1], y0, 0), min(box[2], x1, 1), min(box[3], y1, 1)
     if left >= right or top >= bottom:
         return set()
-    height, width = (y1 - y0) / score_map.grid[0], (x1 - x0) / score_map.grid[1]
-    return {
-        (row, column)
-        for row, column, x, y in cells
-        if abs((left + right) / 2 - x) <= width / 2 and abs((top + bottom) / 2 - y) <= height / 2
-    }
+    middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
+    row, column, _, _ = min(cells, key=lambda cell: abs(cell[2] - middle_x) + abs(cell[3] - middle_y))
+    return {(row, column)}
 
 
 def slow_measures(score_map: ScoreMap, label: int, boxes: Sequence[Sequence[float]]) -> tuple[bool, bool, float, float]:
@@ -92,6 +89,11 @@ def test_a_centre_on_an_edge() -> None:
 def test_a_box_without_a_centre(view: tuple[float, ...], box: tuple[float, ...], cell: tuple[int, int] | None) -> None:
     (found,) = cells_of_boxes(np.array([view], np.float32), np.array([box]), (4, 4))
     assert [tuple(place) for place in np.argwhere(found)] == ([] if cell is None else [cell])
+
+
+def test_a_box_whose_cell_is_padding_has_the_next_one() -> None:
+    (found,) = cells_of_boxes(np.array([(0, -0.5, 1, 1.5)], np.float32), np.array([(0.3, 0, 0.4, 0.06)]), (7, 7))
+    assert np.argwhere(found).tolist() == [[2, 2]]
 
 
 def test_labels_that_know_the_place() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tokenlabels.audit.maps import VIEWS, WHOLE, cells_of_image, maps_of, probability
+from tests.tokenlabels.audit.maps import VIEWS, WHOLE, WIDE, cells_of_image, maps_of, probability
 from tokenlabels.audit.measures import ImageMeasures, broken_maps, cell_entropy, measure
 from tokenlabels.types import ScoreMap, ScoreMaps
 
@@ -115,6 +115,16 @@ def test_constant_maps(column: str) -> None:
     assert measure(maps, np.full(3, -1), K).is_constant.tolist() == [False, True, False]
     vars(maps)[column][1, 4, 5] -= vars(maps)[column].dtype.type(1)
     assert measure(maps, np.full(3, -1), K).is_constant.tolist() == [False, False, False]
+
+
+def test_padding_is_no_part_of_a_constant_map() -> None:
+    maps = maps_of(2, views=(WIDE,))
+    padding = np.ones(maps.grid, np.bool_)
+    for row, column, _, _ in cells_of_image(maps[0]):
+        padding[row, column] = False
+    assert padding[0, 0]
+    maps.scores[0, ~padding], maps.classes[0, ~padding] = maps.scores[0, 2, 2], maps.classes[0, 2, 2]
+    assert measure(maps, np.full(2, -1), K).is_constant.tolist() == [True, False]
 
 
 def test_a_single_cell_is_not_constant() -> None:

@@ -143,7 +143,7 @@ USE = {
     "half precision on a cpu": ([*TEACHER, "--device", "cpu", "--amp", "bf16"], "amp='bf16' needs a CUDA device"),
     "share above 1": ([*TEACHER, "--max-skip", 1.5], "--max-skip"),
     "missing names": ([*TEACHER, "--class-names", "no.txt"], "no.txt"),
-    "a folder of names": ([*TEACHER, "--class-names", "/"], "Is a directory: '/'"),
+    "a folder of names": ([*TEACHER, "--class-names", "/"], "class names /: Is a directory"),
     "no file of names": ([*TEACHER, "--class-names", __file__], "has no name; there is"),
     "workers without ray": ([*TEACHER, "--workers", 2], "--workers and --ray-address need --backend ray"),
     "address without ray": ([*TEACHER, "--ray-address", "auto"], "--workers and --ray-address need --backend ray"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,7 +75,7 @@ def test_json_for_machines(run: Run, labels: Path, pattern: str) -> None:
     assert found["agreement"] == audit.agreement == found["num_agreeing"] / 10
     assert found["counts"] == dict(audit.counts)
     assert [finding["detail"] for finding in found["findings"]] == [finding.detail for finding in audit.findings]
-    assert len(found["findings"]) == sum(audit.counts.values())
+    assert len(found["findings"]) == sum(count or 0 for count in audit.counts.values())
     assert sum(known["num_images"] for known in found["classes"]) == 10
     assert sum(pair["count"] for pair in found["confusions"]) == 10 - found["num_agreeing"]
     assert all(pair["label_name"] == store.info.class_names[pair["label"]] for pair in found["confusions"])
@@ -88,7 +89,9 @@ def test_labels_alone(run: Run, labels: Path) -> None:
     page = run("audit", labels)
     assert page.exit_code == 0
     assert "the data set's own classes are not known (--images)" in page.stdout
+    assert page.stdout.count("not looked for") == 4
     found = parse(run("audit", labels, "--json").stdout)
+    assert sum(count is None for count in found["counts"].values()) == 4
     assert (found["agreement"], found["num_labelled"], found["confusions"]) == (None, 0, [])
 
 
@@ -135,6 +138,16 @@ def test_keys_that_are_there_twice(run: Run, names: Path, tmp_path: Path) -> Non
     assert result.exit_code == 1
     (finding,) = parse(result.stdout)["findings"]
     assert finding == {"kind": "duplicate key", "key": "img", "shard": "b", "detail": "the same as img of a"}
+
+
+def test_a_set_that_is_not_finished(run: Run, photos: Photos, names: Path) -> None:
+    (photos.labels / "manifest" / "train-01.json").unlink()
+    shutil.rmtree(photos.labels / "train-01.zarr")
+    line = "not finished: 1 of 2 shards have no labels yet"
+    for arguments in (("audit", photos.labels), ("compare", photos.labels, photos.labels)):
+        assert line in run(*arguments, "--class-names", names).stdout
+        missing = parse(run(*arguments, "--class-names", names, "--json").stdout)["missing"]
+        assert missing in (["train-01.tar"], {"first": ["train-01.tar"], "second": ["train-01.tar"]})
 
 
 def refused(result: Result, message: str) -> None:
@@ -186,6 +199,8 @@ def test_an_image_that_cannot_be_read(run: Run, photos: Photos, names: Path, tmp
     refused(result, f"{photos.tars[1]}: '{keys[0]}': cannot be read as an image")
     drawn = run("compare", photos.labels, photos.labels, *arguments, "--out", tmp_path / "out")
     assert drawn.exit_code == 2
+    assert drawn.stdout == ""
+    assert drawn.stderr.count(photos.tars[1]) == 1
     assert f"{photos.tars[1]}: '{keys[0]}': broken header" in drawn.stderr
 
 
@@ -205,6 +220,28 @@ def test_compare_for_people(run: Run, photos: Photos, others: Path, names: Path)
     assert lines[1].endswith("of the points, the centres of 5 x 6 cells")
     assert "Most different images, 2 of 5" in lines
     assert any(line.startswith("name of ") for line in lines)
+
+
+def test_compare_says_what_variation_covers(
+    run: Run, photos: Photos, others: Path, names: Path, tmp_path: Path
+) -> None:
+    arguments = ("--class-names", names)
+    page = " ".join(run("compare", photos.labels, others, *arguments).stdout.split())
+    assert "total variation of the mean distributions over what each map covers" in page
+    assert "part of it may be" not in page
+    maps = random_maps(np.random.default_rng(0), photos.keys[0])
+    fewer = replace(maps, scores=maps.scores[..., :1], classes=maps.classes[..., :1])
+    narrow = write_label_set(tmp_path / "narrow", {"train-00": fewer})
+    page = " ".join(run("compare", photos.labels, narrow, *arguments).stdout.split())
+    assert "the tails hold different numbers of classes" in page
+
+
+def test_compare_with_an_empty_set(run: Run, photos: Photos, names: Path, tmp_path: Path) -> None:
+    maps = random_maps(np.random.default_rng(0), photos.keys[0])
+    empty = write_label_set(tmp_path / "empty", {"train-00": maps})
+    (empty / "manifest" / "train-00.json").unlink()
+    shutil.rmtree(empty / "train-00.zarr")
+    refused(run("compare", photos.labels, empty, "--class-names", names), f"{empty} has no labels yet")
 
 
 def test_compare_for_machines(run: Run, photos: Photos, others: Path, names: Path) -> None:

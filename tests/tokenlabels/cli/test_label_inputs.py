@@ -1,5 +1,6 @@
 """Names of classes and images beside a label set."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def test_nobody_names_the_classes(labels: Path, tmp_path: Path) -> None:
     store = open_store(set_of(tmp_path / "set", open_store(labels).info, None))
     with pytest.raises(ValueError, match=r"does not name its 2 classes; say --class-names FILE .* imagenet-1k"):
         names_for(store, None)
+
+
+def test_names_are_of_one_line_and_command_no_terminal(labels: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(["\x1b[31mred", "line\nbreak"]))
+    nameless = open_store(set_of(tmp_path / "nameless", open_store(labels).info, None))
+    assert names_for(nameless, str(names)) == ("\\x1b[31mred", "line break")
+    store = open_store(set_of(tmp_path / "set", open_store(labels).info, ("a\tb", "鯉")))
+    assert names_for(store, None) == ("a b", "鯉")
+
+
+def test_shards_of_another_set_are_named(
+    labels: Path, pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "other.tar", {"a": {"jpg": b""}})
+    SetImages([pattern, str(tmp_path / "other.tar")], open_store(labels))
+    assert "has no labels of 1 of the given shards: other" in " ".join(capsys.readouterr().err.split())
 
 
 def test_names_of_other_classes(labels: Path, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ class TestClass:
         [
             ("shark", "several classes, say which by its id: 2: great white shark; 3: tiger shark"),
             ("gold fish", "no such class among 6; near it are 1: goldfish, Carassius auratus"),
-            ("6", "no such class among 6; near it are"),
+            ("6", "'6': ids are 0 to 5"),
+            ("-1", "'-1': ids are 0 to 5"),
             ("", "no such class among 6; near it are"),
             ("zzzzzz", "near it are 0: tench"),
         ],

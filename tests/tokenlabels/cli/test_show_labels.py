@@ -163,6 +163,11 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "ending": (("LABELS", "--images", "IMAGES", "--out", "a.txt"), "written as .png, .webp, .jpg, .svg, .pdf"),
     "a mode of its own": (("LABELS", "--aligned"), "one thing at a time. There is LABELS: a label set"),
     "a model": (("LABELS", "--model", "test_vit"), "--model is for --aligned and --layout; leave it out with LABELS"),
+    "a device without model": (("LABELS", "--device", "cpu"), "--device is for --aligned and --layout and LABELS --"),
+    "epoch and a wrong key": (
+        ("LABELS", "--images", "IMAGES", "--epoch", "1", "--key", "scene_00007"),
+        "have the key 'scene_00007'; near it are scene_",
+    ),
     "a seed without epoch": (("LABELS", "--seed", "1"), "--seed is for --aligned and LABELS --epoch"),
     "a recipe without epoch": (("LABELS", "--recipe", "x"), "--recipe is for LABELS --epoch; leave it out"),
     "terminal and file": (("LABELS", "--terminal", "--out", "a.png"), "--out, --crop and --class are for files"),

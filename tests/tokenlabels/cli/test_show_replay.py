@@ -1,5 +1,6 @@
 """What `tokenlabels show --epoch` draws: the batches of `jobs.train`, number by number."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,18 @@ def test_a_run_tells_its_settings(photos: Photos, drawn: Drawn, tmp_path: Path) 
     assert of_recipe.mixed is not None
     np.testing.assert_array_equal(of_run.mixed.input.pixels, of_recipe.mixed.input.pixels)
     assert facts[0].startswith(f"{tmp_path / 'run'}: mixed by cutmix, seed 5")
+    assert not any(fact.startswith(("with labels", "changed")) for fact in facts)
+
+
+def test_what_is_not_as_it_was_in_the_run_is_said(photos: Photos, drawn: Drawn, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", config_of(photos, "lvvit_t"), world_size=1)
+    others = tmp_path / "others"
+    shutil.copytree(photos.labels, others)
+    more = ("data.mix=cutmix",)
+    draw_replay(others, photos.tars, photos.keys[0][0], epoch=0, names=NAMES, run=run, settings=more, device="cpu")
+    ((*_, facts),) = drawn
+    assert f"with labels {others}; the run had {photos.labels}" in facts
+    assert "changed: data.mix=cutmix" in facts
 
 
 def test_a_run_tells_its_images_and_ranks(photos: Photos, drawn: Drawn, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from tests.loaders.photos import write_label_set
 from tests.tokenlabels.audit.maps import maps_of
 from tests.tokenlabels.report.cases import BROKEN, HOSTILE_KEY, LENGTHS, NAMES, NUM_CLASSES, Case, write_case
 from tokenlabels.audit.audit import audit_store
+from tokenlabels.audit.findings import IDENTICAL_IMAGES, NEED_CLASSES
 from tokenlabels.cli.label_inputs import SetImages
 from tokenlabels.report import contents as contents_module
 from tokenlabels.report.contents import Contents, contents_of
@@ -52,7 +53,7 @@ def test_classes_are_those_that_occur(contents: Contents) -> None:
 def test_what_was_not_looked_for_is_not_zero(case: Case) -> None:
     audit = case.audit(lambda shard: np.full(len(shard), -1))
     found = {kind.kind: kind.count for kind in contents_of(case.store, audit, EMPTY, NAMES).findings}
-    assert {kind for kind, count in found.items() if count is None} == {"disagrees", "never predicted", "low agreement"}
+    assert {kind for kind, count in found.items() if count is None} == {*NEED_CLASSES, IDENTICAL_IMAGES}
     assert (found["broken"], found["duplicate key"]) == (1, 0)
 
 

@@ -103,8 +103,11 @@ class TestContents:
         assert "Cell 0,0: padding, beside the image" in shown
 
     def test_an_image_that_passes_between_the_centres_of_all_cells(self) -> None:
-        one = labelled(np.ones((2, 2), int), Image.new("L", (4000, 1)), view=view_letterbox(4000, 1, (64, 64)))
-        assert "teacher: no cell shows the image" in texts(labelled_figure(one))
+        view = view_letterbox(4000, 1, (64, 64))
+        one = labelled(np.ones((2, 2), int), Image.new("L", (4000, 1)), view=view, label=2)
+        shown = texts(labelled_figure(one))
+        assert "teacher: no cell shows the image" in shown
+        assert "Nothing to agree with" in shown
 
     def test_a_crop(self) -> None:
         figure = labelled_figure(labelled(crop=crop()))
