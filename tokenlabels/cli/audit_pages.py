@@ -87,12 +87,10 @@ def audit_json(audit: Audit, store: LabelStore) -> dict[str, Any]:
     """Plain JSON types.
 
     Returns:
-        path; missing, the names of tars without labels yet;
-        num_images, num_labelled, num_agreeing and agreement (null without labels); is_usable; counts, by kind, null
-        for what was not looked for;
-        findings, each with kind, key, shard and detail; classes, all by id, with the fields of `ClassAudit`;
-        confusions, all, with label, label_name, predicted, predicted_name and count; localisation, with the fields of
-        `Localisation`, or null without boxes.
+        path; missing, the names of tars without labels yet; num_images, num_labelled, num_agreeing and agreement (null
+        without labels); is_usable; counts, by kind, null for what was not looked for; findings, each with kind, key,
+        shard and detail; classes, all by id, with the fields of `ClassAudit`; confusions, all, with label, label_name,
+        predicted, predicted_name and count; localisation, with the fields of `Localisation`, or null without boxes.
     """
     names = [known.name for known in audit.classes]
     return {

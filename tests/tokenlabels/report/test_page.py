@@ -119,10 +119,8 @@ def test_what_was_not_measured_is_said(case: Case) -> None:
     gallery = read_gallery(audit, case.images, number=10, seed=0)
     page = Outline(render(contents_of(case.store, audit, gallery, NAMES)))
     assert "the images given have no class of their own (no cls)" in page.text
-    assert (
-        "Not looked for, as the images given have no class of their own: never predicted, low agreement, disagrees."
-        in page.text
-    )
+    unknown = "identical images, never predicted, low agreement, disagrees"
+    assert f"Not looked for, as images, or classes of their own, were not given: {unknown}." in page.text
     assert page.text.count("not measured no boxes were given (--boxes)") == 2
     assert "Confusions" not in page.text
     assert not [radio for radio in page.all("input") if radio.get("value") == "disagrees"]
