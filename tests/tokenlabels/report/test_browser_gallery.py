@@ -83,6 +83,7 @@ def test_a_class_of_the_table_filters(open_page: Open, contents: Contents) -> No
     same = [item for item in contents.gallery.items if (item.label, item.predicted) == (first.label, first.predicted)]
     assert {*keys(page)} == {item.key for item in same}
     page.locator("#pair").click()
+    assert page.evaluate("document.activeElement.id") == "gallery"
     assert len(keys(page)) == 20
 
 
@@ -112,6 +113,14 @@ def test_maps_can_be_made_paler_and_put_away(open_page: Open) -> None:
     assert canvas.evaluate("canvas => getComputedStyle(canvas).opacity") == "0.35"
     page.get_by_label("Maps").uncheck()
     assert canvas.is_hidden()
+
+
+def test_links_to_sections_keep_what_is_chosen(open_page: Open) -> None:
+    page = open_page("#show=disagrees")
+    shown = keys(page)
+    page.locator("nav a[href='#measures']").click()
+    page.wait_for_function("location.hash.includes('show=disagrees')")
+    assert keys(page) == shown
 
 
 def test_the_address_keeps_what_is_chosen(open_page: Open, contents: Contents) -> None:

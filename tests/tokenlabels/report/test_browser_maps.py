@@ -129,6 +129,26 @@ def test_the_large_view(open_page: Open, contents: Contents, case: Case) -> None
     assert {*keys(page)} == {other.key for other in contents.gallery.items if class_id in other.shows}
 
 
+def test_only_a_click_beside_the_large_view_closes_it(open_page: Open) -> None:
+    page = open_page()
+    page.locator(".tile h3 button").first.click()
+    large = page.locator("#large")
+    box = large.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + 8, box["y"] + 8)
+    assert large.is_visible()
+    page.mouse.click(box["x"] - 8, box["y"] + 8)
+    assert large.is_hidden()
+
+
+def test_the_last_image_keeps_the_focus_in_the_large_view(open_page: Open) -> None:
+    page = open_page()
+    page.locator(".tile h3 button").nth(len(keys(page)) - 2).click()
+    page.get_by_role("button", name="Next").click()
+    assert page.get_by_role("button", name="Next").is_disabled()
+    assert page.evaluate("new Promise(requestAnimationFrame).then(() => document.activeElement.id)") == "previous"
+
+
 def test_a_finger_looks_and_does_not_open(open_page: Open) -> None:
     page = open_page(has_touch=True, viewport={"width": 360, "height": 800})
     surface = page.locator(".tile .map").first

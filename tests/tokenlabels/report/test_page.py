@@ -119,6 +119,7 @@ def test_what_was_not_measured_is_said(case: Case) -> None:
     gallery = read_gallery(audit, case.images, number=10, seed=0)
     page = Outline(render(contents_of(case.store, audit, gallery, NAMES)))
     assert "the images given have no class of their own (no cls)" in page.text
+    assert "&amp;nbsp;" not in render(contents_of(case.store, audit, gallery, NAMES))
     unknown = "identical images, never predicted, low agreement, disagrees"
     assert f"Not looked for, as images, or classes of their own, were not given: {unknown}." in page.text
     assert page.text.count("not measured no boxes were given (--boxes)") == 2

@@ -66,8 +66,12 @@ function fillLarge(item) {
   stack.showFirst?.();
   const items = chosenItems();
   const place = items.indexOf(item);
-  document.getElementById("previous").disabled = place < 1;
-  document.getElementById("next").disabled = place < 0 || place === items.length - 1;
+  const [previous, next, close] = ["previous", "next", "close"].map((id) => document.getElementById(id));
+  const focused = document.activeElement;
+  previous.disabled = place < 1;
+  next.disabled = place < 0 || place === items.length - 1;
+  // a button that is switched off would lose the focus to the page
+  if (focused?.disabled) [previous, next, close].find((button) => !button.disabled).focus();
 }
 
 function openLarge(item) {
@@ -89,4 +93,8 @@ document.getElementById("close").addEventListener("click", () => large.close());
 document.getElementById("large-on").addEventListener("input", ({ target }) => {
   large.classList.toggle("maps-off", !target.checked);
 });
-large.addEventListener("click", (event) => event.target === large && large.close()); // beside the view
+large.addEventListener("click", (event) => {
+  const { left, right, top, bottom } = large.getBoundingClientRect();
+  const isBeside = event.clientX < left || event.clientX > right || event.clientY < top || event.clientY > bottom;
+  if (event.target === large && isBeside) large.close();
+});

@@ -87,11 +87,15 @@ function update() {
 
 const initial = { ...choice };
 
+/** What is chosen, as the address keeps it; empty where nothing is. */
+function address() {
+  return new URLSearchParams(Object.entries(choice).filter(([name, value]) => value !== initial[name])).toString();
+}
+
 /** Change what is chosen, and keep it in the address. */
 function choose(changes) {
   Object.assign(choice, changes);
-  const kept = Object.entries(choice).filter(([name, value]) => value !== initial[name]);
-  history.replaceState(null, "", kept.length ? `#${new URLSearchParams(kept)}` : "#gallery");
+  history.replaceState(null, "", `#${address() || "gallery"}`);
   update();
 }
 
@@ -111,9 +115,12 @@ function readAddress() {
 /** Show the gallery with nothing chosen but this. */
 function showOnly(changes) {
   choose({ ...initial, sort: choice.sort, ...changes });
-  const gallery = document.getElementById("gallery");
-  gallery.scrollIntoView();
-  gallery.focus({ preventScroll: true });
+  document.getElementById("gallery").scrollIntoView();
+  focusGallery();
+}
+
+function focusGallery() {
+  document.getElementById("gallery").focus({ preventScroll: true });
 }
 
 function fillForm() {
@@ -134,8 +141,13 @@ form.addEventListener("input", ({ target }) => {
   else choose({ [target.name]: target.value });
 });
 document.getElementById("clear").addEventListener("click", () => showOnly({}));
-document.getElementById("pair").addEventListener("click", () => choose({ pair: "" }));
+document.getElementById("pair").addEventListener("click", () => {
+  choose({ pair: "" });
+  focusGallery(); // the button is gone
+});
 window.addEventListener("hashchange", () => {
+  // a link to a section does not give up what is chosen
+  if (!location.hash.includes("=") && address()) history.replaceState(null, "", `#${address()}`);
   readAddress();
   update();
 });
