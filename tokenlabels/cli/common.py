@@ -1,6 +1,7 @@
 """What several commands share: how errors are shown, and the options that choose a teacher."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,15 @@ def needs_checkout(what: str) -> Iterator[None]:
             raise
         message = f"{what} is in jobs/, which is not installed; run this from a checkout"
         raise ValueError(message) from error
+
+
+def check_place(out: Path) -> None:
+    """Refuse a file that cannot be written, as far as that is known before there is something to write."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file")
+    folder = next(folder for folder in out.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{out}: {folder} is no folder that can be written to")
 
 
 @contextmanager

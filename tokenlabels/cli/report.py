@@ -1,6 +1,5 @@
 """tokenlabels report: a label set as one page of HTML."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tokenlabels.cli.audit import BOXES_IN_JSON
-from tokenlabels.cli.common import ClassNames, LabelsFolder, shard_progress, show_user_errors
+from tokenlabels.cli.common import ClassNames, LabelsFolder, check_place, shard_progress, show_user_errors
 from tokenlabels.cli.label_inputs import SetImages, names_for
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def report(
     names = names_for(store, class_names)
     if not images:
         raise ValueError("the page shows photographs: name the images that were labelled, --images 'train-*.tar'")
-    _check_writable(out)
+    check_place(out)
     given = SetImages(images, store)
     boxes_of = None
     if boxes is not None:
@@ -77,12 +76,3 @@ def _read_gallery(audit: "Audit", images: SetImages, sample: int, seed: int) -> 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading photographs", total=min(sample, len(audit.measures)))
         return read_gallery(audit, images, number=sample, seed=seed, on_image=lambda: bar.advance(task))
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a page that cannot be written, as far as that is known before there is one."""
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; give the name of a page, such as {out / 'report.html'}")
-    folder = next(folder for folder in out.absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{out}: {folder} is no folder that can be written to")

@@ -8,7 +8,7 @@ import typer
 
 from tokenlabels.cli.common import ClassNames, DeviceOption, show_user_errors
 from tokenlabels.cli.show_aligned import MixName, draw_aligned
-from tokenlabels.cli.show_inputs import NUM_IMAGES, ImageChoice, ModelChoice, MoToChoice, check_writable, save
+from tokenlabels.cli.show_inputs import NUM_IMAGES, ImageChoice, ModelChoice, MoToChoice, check_picture, save
 from tokenlabels.cli.show_labels import LabelChoice, draw_epoch, print_labels, write_labels
 from tokenlabels.cli.show_layout import draw_layout
 
@@ -213,7 +213,7 @@ def show(
             write_labels(choice, out or Path("labels.png"))
         return
     out = out or Path("labels.png" if mode == EPOCH else f"{mode.removeprefix('--')}.png")
-    check_writable(out)
+    check_picture(out)
     if epoch is not None:
         picture = draw_epoch(
             choice,

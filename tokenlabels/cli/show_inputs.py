@@ -1,7 +1,6 @@
 """Of which model and which images `tokenlabels show` draws pictures, and where they go."""
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,6 +8,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenlabels.cli.common import check_place
 from tokenlabels.nearest import nearest_keys
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _crops(samples: "Sequence[EncodedImage]", size: tuple[int, int], crop_pct: f
     return crops
 
 
-def check_writable(out: Path, other_formats: Sequence[str] = ()) -> None:
+def check_picture(out: Path, other_formats: Sequence[str] = ()) -> None:
     """Refuse a picture that cannot be written, as far as that is known before there is one.
 
     Args:
@@ -221,11 +221,7 @@ def check_writable(out: Path, other_formats: Sequence[str] = ()) -> None:
     if ending not in other_formats and Image.registered_extensions().get(ending) not in Image.SAVE:
         formats = ", ".join((".png", ".webp", ".jpg", *other_formats))
         raise ValueError(f"{out}: pictures are written as {formats} and what else Pillow writes, by the ending")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; give the name of a picture")
-    folder = next(folder for folder in out.absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{out}: {folder} is no folder that can be written to")
+    check_place(out)
 
 
 def save(picture: "Image", out: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 from tokenlabels.cli.common import shard_progress
 from tokenlabels.cli.label_inputs import names_for
 from tokenlabels.cli.show_choices import find_class, parse_cell, parse_crop
-from tokenlabels.cli.show_inputs import check_writable, save
+from tokenlabels.cli.show_inputs import check_picture, save
 from tokenlabels.cli.show_keys import LabelledSample, find_labelled
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def write_labels(choice: LabelChoice, out: Path) -> None:
     from tokenlabels.views.labelled import labelled_figure
 
     is_vector = out.suffix.lower() in VECTOR_FORMATS
-    check_writable(out, VECTOR_FORMATS)
+    check_picture(out, VECTOR_FORMATS)
     only = _vector_font(out) if is_vector else None
     labelled = _labelled(choice)
     figure = down([labelled_figure(one, only=only, scale=2 if is_vector else 1) for one in labelled], 0)
